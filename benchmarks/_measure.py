@@ -1,0 +1,108 @@
+"""How every benchmark measures: interleaved runs in one process, medians of ratios, memory in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> dict[str, object]:
+    """The facts a figure needs to be read: processor, threads, versions."""
+    info = Path("/proc/cpuinfo")
+    cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+               "") if info.exists() else ""
+    return {"cpu": cpu or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__}
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], *, runs: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each case, one run of each in turn, `runs` times, after `warmup` turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + runs):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Median, min and max over turns of each case's time by the baseline's in the same turn."""
+    found = {}
+    for name, own in seconds.items():
+        each = [a / b for a, b in zip(own, seconds[baseline], strict=True)]
+        found[name] = {"median": statistics.median(each), "min": min(each), "max": max(each),
+                       "milliseconds": 1000 * statistics.median(own)}
+    return found
+
+
+def input_gradient(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The baseline: plain forward, and the gradient of the largest output with respect to the input."""
+    x = x.detach().requires_grad_(True)
+    output = run(x)
+    output.max(dim=-1).values.sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def peak_memory(script: str, *arguments: str) -> float:
+    """Peak resident memory, MiB, that `script --measure-memory arguments` adds, run in a fresh process."""
+    out = subprocess.run([sys.executable, script, "--measure-memory", *arguments], check=True, capture_output=True,
+                         text=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def added_memory(case: Callable[[], object]) -> float:
+    """Peak resident memory, MiB, that running a case twice adds to what the process has reached before."""
+    _reset_peak()
+    before = _resident()
+    case()
+    case()
+    return _peak() - before
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def _resident() -> float:
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    return _status("VmHWM") if Path("/proc/self/status").exists() else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print a table of rows and keep them, with the machine's facts, as benchmarks/results/<name>.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")

@@ -1,0 +1,37 @@
+"""Backends: each turns a lowered graph into the source of one Python module.
+
+Adding a backend: a folder with `name` and `emit(graph)`, and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Protocol, cast
+
+from dlbc.errors import InputError
+from dlbc.ir.core import Graph
+
+BACKENDS = {
+    "numpy": "dlbc.backends.numpy",
+    "torch": "dlbc.backends.torch",
+}
+"""Where each backend is: the module that has its `name` and `emit`."""
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    name: str
+
+    def emit(self, graph: Graph) -> str:
+        """The source of a module with `prepare`, `forward` and, where the graph has it, `relevance`."""
+
+
+def load(name: str) -> Backend:
+    """The backend of that name. InputError, with the nearest names, when there is none."""
+    if name not in BACKENDS:
+        near = get_close_matches(name, BACKENDS, 3)
+        raise InputError(f"unknown backend `{name}`",
+                         hint=f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(BACKENDS)}")
+    return cast(Backend, import_module(BACKENDS[name]))

@@ -1,0 +1,284 @@
+"""What the torch and numpy backends share: from a graph to a Python module, given a `Dialect`.
+
+Each section is one Python function, each value a local variable that is deleted after its last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dlbc.backends.liveness import deaths, reusable
+from dlbc.backends.names import Names, assigned, is_size, listed, literal
+from dlbc.backends.site import Dialect, Expression, Scope, Site
+from dlbc.errors import IRError, UnsupportedOpError
+from dlbc.ir.core import Attr, Function, Graph, Kernel, Op, Section, Value, Weight, values
+from dlbc.ir.dims import Sym
+from dlbc.ir.ops import OPS
+
+SECTIONS = {
+    "prepare": "Values that depend on the weights alone.",
+    "forward": "The model's outputs, and what `relevance` needs of this run.",
+    "relevance": "Relevance of the inputs for S seeds; it empties `state`.",
+}
+
+
+@dataclass(frozen=True)
+class PythonFunction:
+    """A Python function as text; `sizes` and `weights` are what a called function asks its caller for."""
+
+    name: str
+    params: tuple[str, ...]
+    summary: str
+    lines: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
+    weights: bool = False
+
+
+def emit_module(graph: Graph, dialect: Dialect) -> str:
+    """The source of the module of a graph. UnsupportedOpError names an op that the dialect cannot write."""
+    given: list[Value | Weight] = [*graph.weights.values()]
+    given += [param for _, section in graph.sections() for param in section.params]
+    for each in given:
+        dialect.dtype(each.type.dtype, str(each))
+    module = _Module(graph, dialect)
+    relevance = module.relevance()
+    functions = [module.prepare(), module.forward()] + ([relevance] if relevance else [])
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=False,
+                              undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.get_template("module.py.jinja").render(
+        title=f"The explainer of `{graph.name}`", backend=dialect.name, imports=dialect.imports,
+        constants=_constants(graph), functions=[*module.functions.values(), *functions],
+        decorators=dialect.decorators)
+
+
+def _constants(graph: Graph) -> dict[str, str]:
+    sections = graph.relevance or Section()
+
+    def names(stated: Attr, found: Sequence[Value]) -> str:
+        named = isinstance(stated, tuple) and len(stated) == len(found)
+        return literal(stated if named else tuple(value.name for value in found))
+
+    return {"INPUTS": names(graph.attrs.get("inputs"), graph.forward.params),
+            "OUTPUTS": names(graph.attrs.get("outputs"), graph.forward.results),
+            "SEEDS": names(None, sections.params), "RELEVANCE": names(None, sections.results)}
+
+
+class _Module:
+    """The functions of one module, and what they hand to each other."""
+
+    def __init__(self, graph: Graph, dialect: Dialect) -> None:
+        self.graph, self.dialect = graph, dialect
+        self.functions: dict[str, PythonFunction] = {}
+        self.definitions = {name: op for _, section in graph.sections() for name, op in section.definitions().items()}
+        sizes = {*graph.dims, *_all_sizes(graph)}
+        self.module_names = Names(sizes)
+        self.taken = {*sizes, *(self.module_names[name] for name in graph.functions)}
+        self.names = Names(self.taken)
+        self.prepared = {value.name for value in graph.prepare.results}
+        self.state: list[str] = []  # sizes and values that relevance asks forward for, in order
+        self.state_sizes: tuple[str, ...] = ()
+
+    def scope(self, names: Names, parameters: frozenset[str] = frozenset(),
+              definitions: Mapping[str, Op] | None = None) -> Scope:
+        """A function to be written; `definitions` are those of the graph unless it has its own."""
+        known = self.definitions if definitions is None else definitions
+        return Scope(self.graph, self.dialect, names, parameters, known)
+
+    def prepare(self) -> PythonFunction:
+        """`prepare(w)`: what depends on the weights alone."""
+        section, scope = self.graph.prepare, self.scope(self.names)
+        body = self.body(section.body, {v.name for v in section.results}, (), scope)
+        head = self.head(scope, ())
+        results = listed([self.names[v.name] for v in section.results], "return (", ")")
+        return PythonFunction("prepare", ("w",), SECTIONS["prepare"], (*head, *body, *results))
+
+    def forward(self) -> PythonFunction:
+        """`forward(w, p, ...)`: the outputs, and the state that relevance takes apart."""
+        section, scope = self.graph.forward, self.scope(self.names)
+        saved = [name for name in self.state if name not in self.state_sizes]
+        keep = {*saved, *(v.name for v in section.results)}
+        params = [v.name for v in section.params]
+        body = self.body(section.body, keep, params, scope)
+        scope.sizes |= dict.fromkeys(self.state_sizes)
+        known = {*params, *self.prepared, *(r.name for op in section.ops for r in op.results)}
+        for name in sorted(keep - known):
+            raise IRError(f"`%{name}` is read in the relevance section and defined nowhere")
+        head = [*self.unpacked(section, section.results), *self.head(scope, section.params)]
+        outputs = ", ".join(self.names[v.name] for v in section.results)
+        outputs += "," if len(section.results) == 1 else ""
+        state = listed([*self.state_sizes, *(self.names[name] for name in saved)], "state = [", "]")
+        return PythonFunction("forward", ("w", "p", *(self.names[name] for name in params)),
+                              SECTIONS["forward"], (*head, *body, *state, f"return ({outputs}), state"))
+
+    def relevance(self) -> PythonFunction | None:
+        """`relevance(w, p, state, ...)`; it decides what the state holds, so it is written first."""
+        section = self.graph.relevance
+        if section is None:
+            return None
+        scope, seeds = self.scope(self.names), [v.name for v in section.params]
+        own = {*seeds, *(r.name for op in section.ops for r in op.results)}
+        read = [v.name for v in chain(*(values(op.inputs) for op in section.ops), section.results)]
+        saved = [name for name in dict.fromkeys(read) if name not in own and name not in self.prepared]
+        order = {v.name: i for i, v in enumerate(self.graph.forward.saves)}
+        saved.sort(key=lambda name: order.get(name, len(order)))
+        body = self.body(section.body, {v.name for v in section.results}, [*seeds, *saved], scope)
+        forward = _bindable(self.graph.forward.params)
+        self.state_sizes = tuple(size for size in scope.sizes if size in forward)
+        self.state = [*self.state_sizes, *saved]
+        head = [*self.unpacked(section, section.results),
+                *assigned([*self.state_sizes, *(self.names[name] for name in saved)], "state"),
+                "state.clear()", *self.head(scope, section.params, known=self.state_sizes)]
+        results = listed([self.names[v.name] for v in section.results], "return (", ")")
+        return PythonFunction("relevance", ("w", "p", "state", *(self.names[name] for name in seeds)),
+                              SECTIONS["relevance"], (*head, *body, *results))
+
+    def unpacked(self, section: Section, results: Iterable[Value]) -> list[str]:
+        """`p0, _ = p`, for the prepared values that a section reads."""
+        read = {v.name for v in chain(*(values(op.inputs) for op in section.ops), results)}
+        names = [self.names[v.name] if v.name in read else "_" for v in self.graph.prepare.results]
+        return assigned(names, "p") if any(name != "_" for name in names) else []
+
+    def head(self, scope: Scope, params: Sequence[Value | Weight], *,
+             known: Iterable[str] = ()) -> list[str]:
+        """Lines that bind the sizes and the device that the body needs."""
+        lines, missing = [], [size for size in scope.sizes if size not in set(known)]
+        for param in params:
+            lines += _sizes_of(param, scope.operand(param), missing) if isinstance(param, Value) else []
+        if missing:
+            raise IRError(f"the size of dimension `{missing[0]}` is not known",
+                          hint="each size must be a dimension of some parameter by itself")
+        if scope.device:
+            lines.append(f"device = {self.device(params, scope)}")
+        return lines
+
+    def device(self, params: Sequence[Value | Weight], scope: Scope) -> str:
+        """The device of the first parameter, else of some weight."""
+        if params:
+            source = scope.operand(params[0])
+        elif self.graph.weights:
+            source = f"w[{literal(next(iter(self.graph.weights)))}]"
+            scope.weights = True
+        else:
+            return self.dialect.no_device
+        return self.dialect.device.format(source)
+
+    def call(self, site: Site) -> str:
+        """A call of one of the graph's functions, which is written at its first call."""
+        name = str(site.op.attrs.get("function"))
+        if name not in self.graph.functions:
+            raise IRError(f"the graph has no function `@{name}`", where=f"#{site.op.place}",
+                          hint=f"it has {', '.join(self.graph.functions) or 'none'}")
+        if name not in self.functions:
+            self.functions[name] = self.function(self.graph.functions[name])
+        function = self.functions[name]
+        site.scope.sizes |= dict.fromkeys(function.sizes)
+        site.scope.weights = site.scope.weights or function.weights
+        arguments = ["w"] * function.weights + site.args() + list(function.sizes)
+        result = f"{function.name}({', '.join(arguments)})"
+        return f"{result}[0]" if len(site.op.results) == 1 else result
+
+    def function(self, function: Function) -> PythonFunction:
+        """A repeated block: its parameters, then the sizes that their shapes do not tell."""
+        names = Names(self.taken)
+        weights = frozenset(p.name for p in function.params if isinstance(p, Weight))
+        params = tuple(p for p in function.params if isinstance(p, Value))
+        texts = [names[f"@{p.name}" if isinstance(p, Weight) else p.name] for p in function.params]
+        ops = Section(body=function.body).definitions()
+        scope = self.scope(names, weights, ops)
+        body = self.body(function.body, {v.name for v in function.results}, [p.name for p in params], scope)
+        extra = tuple(size for size in scope.sizes if size not in _bindable(params))
+        head = self.head(scope, params or function.params, known=extra)
+        results = listed([names[v.name] for v in function.results], "return (", ")")
+        return PythonFunction(self.module_names[function.name],
+                              (*(["w"] * scope.weights), *texts, *extra), f"The block `{function.name}`.",
+                              (*head, *body, *results), extra, scope.weights)
+
+    def body(self, items: Sequence[Op | Kernel], keep: set[str], own: Sequence[str],
+             scope: Scope) -> list[str]:
+        """The lines of a section's ops; `own` are the parameters that may be deleted."""
+        ops = [op for item in items for op in (item.body if isinstance(item, Kernel) else (item,))]
+        dying = deaths(ops, keep, own)
+        reused = reusable(ops, dying, keep, self.dialect.overwriting)
+        titles = _titles(items)
+        lines, place = [], ""
+        for number, op in enumerate(ops):
+            if number in titles:
+                lines.append(titles[number])
+            if op.place and op.place != place:
+                lines.append(f"# {op.place}")
+                place = op.place
+            lines.append(self.line(op, reused.get(number), scope))
+            if dying[number]:
+                lines.append(f"del {', '.join(scope.names[name] for name in dying[number])}")
+        return lines
+
+    def line(self, op: Op, reused: int | None, scope: Scope) -> str:
+        """`results = expression` of one op."""
+        table = self.dialect.table if reused is None else self.dialect.overwriting
+        if reused:
+            op = replace(op, operands=(op.operands[reused], *op.operands[:reused], *op.operands[reused + 1:]))
+        site = Site(op, scope)
+        for result in op.results:
+            site.dtype(result.type.dtype)
+        right = self.call(site) if op.name == "call" else _written(self.expression(op, table), site)
+        return f"{', '.join(scope.names[result.name] for result in op.results)} = {right}"
+
+    def expression(self, op: Op, table: Mapping[str, Expression]) -> Expression:
+        """How the dialect writes an op. UnsupportedOpError where it does not."""
+        if op.name not in table:
+            known = OPS.get(op.name)
+            hint = (f"lower the graph first: `{op.name}` is no primitive" if op.name.startswith("rel.") else
+                    f"add it to the table in dlbc/backends/{self.dialect.name}/: {known.summary}" if known
+                    else "the catalogue is dlbc/ir/ops.py")
+            raise UnsupportedOpError(f"the {self.dialect.name} backend has no code for `{op.name}`",
+                                     where=f"#{op.place}", hint=hint)
+        return table[op.name]
+
+
+def _written(expression: Expression, site: Site) -> str:
+    text = expression.format_map(site) if isinstance(expression, str) else expression(site)
+    operands = site.op.operands
+    if operands and OPS[site.op.name].elementwise and not any(map(site.tensor, range(len(operands)))):
+        text = site.dialect.scalar.format(text, site.dtype(site.result.dtype), site.device())
+    return text
+
+
+def _titles(items: Sequence[Op | Kernel]) -> dict[int, str]:
+    titles, number = {}, 0
+    for item in items:
+        if isinstance(item, Kernel):
+            titles[number] = f"# kernel {item.name} ({item.template})"
+            number += len(item.body)
+        else:
+            number += 1
+    return titles
+
+
+def _sizes_of(param: Value, text: str, missing: list[str]) -> list[str]:
+    """Lines that bind the sizes in `missing` that a parameter's shape tells; they leave the list."""
+    found: list[str] = []
+    for dim in param.type.shape:
+        told = is_size(dim) and str(dim) in missing
+        found.append(str(dim) if told else "_")
+        if told:
+            missing.remove(str(dim))
+    told_at = [i for i, name in enumerate(found) if name != "_"]
+    if len(told_at) == 1:
+        return [f"{found[told_at[0]]} = {text}.shape[{told_at[0]}]"]
+    return [f"{', '.join(found)} = {text}.shape"] if told_at else []
+
+
+def _bindable(params: Iterable[Value]) -> set[str]:
+    return {str(dim) for param in params for dim in param.type.shape if is_size(dim)}
+
+
+def _all_sizes(graph: Graph) -> set[str]:
+    sections = [section for _, section in graph.sections()]
+    params = [p for section in sections for p in section.params]
+    params += [p for f in graph.functions.values() for p in f.params if isinstance(p, Value)]
+    return {str(dim) for param in params for dim in param.type.shape if isinstance(dim, Sym) and is_size(dim)}

@@ -1,0 +1,81 @@
+"""Expressions that torch and numpy write alike, and pieces of text for those that they do not."""
+
+from __future__ import annotations
+
+from dlbc.backends.names import literal
+from dlbc.backends.site import Expression, Site
+from dlbc.ir.core import Attr
+from dlbc.ir.dims import Sym
+
+
+def along(rank: int, axis: int, inside: str) -> str:
+    """`[:, inside]`: an index along one axis."""
+    if axis == rank - 1 and rank > 2:
+        return f"[..., {inside}]"
+    return f"[{':, ' * axis}{inside}]"
+
+
+def reduction(site: Site, axis: str, keepdim: str) -> str:
+    """`(0, 2), keepdim=True`: the arguments of a reduction; nothing for a plain one over all axes."""
+    axes, rank = site.axes(), site.type(0).rank
+    kept = bool(site.attr("keepdim"))
+    parts = []
+    if rank and (axes != tuple(range(rank)) or kept):
+        parts.append(f"{axis}{axes[0] if len(axes) == 1 else literal(axes)}")
+    if kept and rank:
+        parts.append(f"{keepdim}=True")
+    return ", ".join(parts)
+
+
+def single(site: Site, axis: str, keepdim: str) -> str:
+    """`, 1, keepdim=True`: the arguments of a reduction over one axis, or over all for None."""
+    dim, kept = site.attr("dim"), site.attr("keepdim")
+    return ("" if dim is None else f", {axis}{dim}") + (f", {keepdim}=True" if kept and dim is not None else "")
+
+
+def keeping_rank(site: Site, text: str) -> str:
+    """A result over all axes that keeps them as size 1."""
+    if site.attr("dim") is None and site.attr("keepdim"):
+        return f"{text}.reshape({literal((1,) * site.type(0).rank)})"
+    return text
+
+
+def _slice(site: Site) -> str:
+    axis, rank = site.axis(), site.type(0).rank
+    start, stop, step = site.attr("start"), site.attr("stop"), site.attr("step")
+    inside = f"{'' if start == 0 else site.text('start')}:"
+    inside += "" if stop == site.type(0).shape[axis] else site.text("stop")
+    return f"{site.x(0)}{along(rank, axis, inside + (f':{step}' if step != 1 else ''))}"
+
+
+def _select(site: Site) -> str:
+    return f"{site.x(0)}{along(site.type(0).rank, site.axis(), site.text('index'))}"
+
+
+def _index(site: Site) -> str:
+    dims = site.axes()
+    return f"{site.x(0)}[{':, ' * dims[0]}{', '.join(site.args(1))}]"
+
+
+def is_zero(value: Attr) -> bool:
+    """True for the number 0, not for False or a size."""
+    return not isinstance(value, (Sym, bool, str, tuple)) and value == 0
+
+
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "floor_divide": "//", "remainder": "%",
+         "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^"}
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+LOGICAL = {"logical_and": "&", "logical_or": "|", "logical_xor": "^"}
+
+COMMON: dict[str, Expression] = {
+    **{name: f"{{a:ti}} {sign} {{b:ti}}" for name, sign in INFIX.items()},
+    **{name: f"{{a:i}} {sign} {{b:i}}" for name, sign in COMPARE.items()},
+    **{name: f"{{a:b}} {sign} {{b:b}}" for name, sign in LOGICAL.items()},
+    "neg": "-{a:i}",
+    "bitwise_not": "~{a:i}",
+    "reshape": "{a:i}.reshape({shape})",
+    "slice": _slice,
+    "select": _select,
+    "index": _index,
+}
+"""Expressions that both libraries share."""

@@ -1,0 +1,198 @@
+"""One op where it is emitted: the text of its operands, attributes and sizes; and what a dialect is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from dlbc.backends.names import Names, grouped, literal
+from dlbc.errors import UnsupportedOpError
+from dlbc.ir import ops
+from dlbc.ir.core import Attr, Graph, Op, Operand, Type, Value, Weight, values
+from dlbc.ir.dims import Sym, symbols
+
+Expression: TypeAlias = "str | Callable[[Site], str]"
+"""How an op is written: a template, `{a}.exp()`, or a function of the site. In templates:
+
+`{a}`, `{b}`, `{c}`: the operands; `{a:i}` fit for an operator, `{a:t}` in the result's element type,
+`{a:b}` as a bool, `{a:l}` as int64; `{eps}`: an attribute; `{args}`: all operands; `{dtype}`: the
+result's element type.
+"""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one array library is written. `overwriting`: expressions that put the result over `{a}`."""
+
+    name: str
+    imports: tuple[str, ...]
+    table: Mapping[str, Expression]
+    overwriting: Mapping[str, Expression]
+    dtypes: Mapping[str, str]
+    cast: str
+    scalar: str
+    device: str = ""
+    no_device: str = ""
+    decorators: tuple[str, ...] = ()
+
+    def dtype(self, dtype: str, where: str = "") -> str:
+        """The library's name of an element type. UnsupportedOpError where it has none."""
+        if dtype not in self.dtypes:
+            raise UnsupportedOpError(f"the {self.name} backend has no element type {dtype}", where=where,
+                                     hint="convert the model to float32, or use backend=\"torch\"")
+        return self.dtypes[dtype]
+
+
+@dataclass
+class Scope:
+    """A Python function being written: its names, and what it turned out to need."""
+
+    graph: Graph
+    dialect: Dialect
+    names: Names
+    parameters: frozenset[str]
+    """Weights that are parameters of the function, by name; others are read from `w`."""
+    definitions: Mapping[str, Op]
+    """The op that defines each value, wherever it can be seen."""
+    sizes: dict[str, None] = field(default_factory=dict)
+    device: bool = False
+    weights: bool = False
+
+    def operand(self, operand: Operand) -> str:
+        """The text of anything an op reads."""
+        match operand:
+            case Value(name):
+                return self.names[name]
+            case Weight(name):
+                if name in self.parameters:
+                    return self.names[f"@{name}"]
+                self.weights = True
+                return f"w[{literal(name)}]"
+        return self.text(operand)
+
+    def text(self, value: Attr) -> str:
+        """The text of an attribute, its sizes noted as needed."""
+        self.sizes |= dict.fromkeys(sorted(_sizes(value)))
+        return literal(value)
+
+
+def _sizes(value: Attr) -> Iterator[str]:
+    if isinstance(value, Sym):
+        yield from symbols(value)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _sizes(item)
+
+
+class Site:
+    """One op where it is emitted."""
+
+    def __init__(self, op: Op, scope: Scope) -> None:
+        self.op, self.scope, self.dialect = op, scope, scope.dialect
+
+    def __getitem__(self, key: str) -> object:
+        """What a template's field stands for (see `Expression`)."""
+        if key in ("a", "b", "c"):
+            return _Field(self, "abc".index(key))
+        if key == "args":
+            return ", ".join(self.args())
+        if key == "dtype":
+            return self.dtype(self.result.dtype)
+        return self.text(key)
+
+    @property
+    def result(self) -> Type:
+        """The type of the (first) result."""
+        return self.op.result.type
+
+    def has(self, position: int) -> bool:
+        """True where an optional operand is given."""
+        return position < len(self.op.operands) and self.op.operands[position] is not None
+
+    def type(self, position: int) -> Type:
+        """The type of a tensor operand; a literal's is the result's element type without dimensions."""
+        operand = self.op.operands[position]
+        return operand.type if isinstance(operand, (Value, Weight)) else Type(self.result.dtype, ())
+
+    def tensor(self, position: int) -> bool:
+        """True where an operand is a tensor, not a literal."""
+        return isinstance(self.op.operands[position], (Value, Weight))
+
+    def x(self, position: int) -> str:
+        """The text of an operand, `None` where it is left out."""
+        return self.scope.operand(self.op.operands[position]) if self.has(position) else "None"
+
+    def typed(self, position: int, dtype: str = "") -> str:
+        """An operand in an element type, the result's unless stated; literals and None as they are."""
+        wanted = dtype or self.result.dtype
+        if not self.has(position) or not self.tensor(position) or self.type(position).dtype == wanted:
+            return self.x(position)
+        return self.dialect.cast.format(grouped(self.x(position)), self.dtype(wanted))
+
+    def truth(self, position: int) -> str:
+        """An operand as a bool."""
+        operand, text = self.op.operands[position], self.x(position)
+        if not self.tensor(position):
+            return str(bool(operand)) if not isinstance(operand, Sym) else f"bool({text})"
+        return text if self.type(position).dtype == "bool" else f"({text} != 0)"
+
+    def args(self, start: int = 0) -> list[str]:
+        """The texts of all operands from one on."""
+        return [self.x(i) for i in range(start, len(self.op.operands))]
+
+    def attr(self, name: str) -> Attr:
+        """An attribute, or its default."""
+        return ops.attr(self.op, name)
+
+    def text(self, name: str) -> str:
+        """The text of an attribute."""
+        return self.scope.text(self.attr(name))
+
+    def options(self, *names: str) -> str:
+        """`, name=value` for the attributes that differ from the catalogue's default."""
+        defaults = ops.definition(self.op.name).attrs
+        return "".join(f", {name}={self.text(name)}" for name in names
+                       if name not in defaults or self.attr(name) != defaults[name])
+
+    def dtype(self, dtype: str) -> str:
+        """The library's name of an element type."""
+        return self.dialect.dtype(dtype, f"#{self.op.place}")
+
+    def device(self) -> str:
+        """`, device=device` where the library has devices."""
+        self.scope.device = self.scope.device or bool(self.dialect.device)
+        return ", device=device" if self.dialect.device else ""
+
+    def axis(self, name: str = "dim", position: int = 0) -> int:
+        """An axis attribute, counted from the front of an operand."""
+        value = self.attr(name)
+        assert isinstance(value, int)
+        return ops.axis(self.type(position).rank, value)
+
+    def axes(self, name: str = "dims", position: int = 0) -> tuple[int, ...]:
+        """An attribute of axes, counted from the front, all of them where it is None."""
+        return ops.axes(self.type(position).rank, self.attr(name))
+
+    def measured(self, value: Value) -> bool:
+        """True for a bool that comes from comparing floating values: true and false are mixed at random."""
+        found = self.scope.definitions.get(value.name)
+        if found is None or value.type.dtype != "bool":
+            return False
+        if found.name in ("eq", "ne", "lt", "le", "gt", "ge"):
+            return any(v.type.floating and v.type.rank for v in values(found.operands))
+        return all(self.measured(v) for v in values(found.operands))
+
+
+class _Field:
+    """An operand in a template; the format's letters say in what form."""
+
+    def __init__(self, site: Site, position: int) -> None:
+        self.site, self.position = site, position
+
+    def __format__(self, form: str) -> str:
+        if "b" in form:
+            return self.site.truth(self.position)
+        wanted = "i64" if "l" in form else "" if "t" in form else None
+        text = self.site.x(self.position) if wanted is None else self.site.typed(self.position, wanted)
+        return grouped(text) if "i" in form else text

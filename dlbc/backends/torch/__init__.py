@@ -1,0 +1,7 @@
+"""The torch backend: vectorised torch code, on the device of its inputs. Nothing here imports torch."""
+
+from dlbc.backends.torch.emit import emit
+
+name = "torch"
+
+__all__ = ["emit", "name"]

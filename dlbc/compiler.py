@@ -1,0 +1,261 @@
+"""The pipeline on one page: from a PyTorch model to an explainer.
+
+import -> canonicalise (fold, raise) -> sink positions -> pair -> lower -> simplify -> emit
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlbc import __version__
+from dlbc.backends import load as load_backend
+from dlbc.composite import Composite, resolve
+from dlbc.errors import InputError
+from dlbc.ir.core import Graph, Op, Weight
+from dlbc.ir.parser import parse_graph
+from dlbc.ir.printer import print_graph
+from dlbc.passes import Pass, run
+from dlbc.passes.drop_stabilisers import DropStabilisers
+from dlbc.passes.eliminate_common import EliminateCommon
+from dlbc.passes.eliminate_dead import EliminateDead
+from dlbc.passes.hoist_constants import HoistConstants
+from dlbc.passes.lower import Lower
+from dlbc.passes.pair import Pair
+from dlbc.passes.pipeline import CANONICALISE
+from dlbc.passes.simplify import Simplify
+from dlbc.passes.sink_positions import SinkPositions
+from dlbc_runtime.explainer import Explainer
+from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
+from dlbc_runtime.signature import InputSpec, OutputSpec
+
+if TYPE_CHECKING:
+    import networkx
+    import torch
+
+log = logging.getLogger(__name__)
+LEVELS = ("exported", "canonical", "paired", "lowered")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile: all that changes the program besides the model and its inputs."""
+
+    rules: str | Composite = "attnlrp"
+    backend: str = "torch"
+    dynamic: bool | Mapping[str, Collection[int]] = True
+    explain: tuple[str, ...] = ()
+    fallback: str | None = None
+    dump: str | None = None
+    drop_stabilisers: bool = True
+
+    @property
+    def composite(self) -> Composite:
+        """The composite that the rules name; RuleError for unknown names."""
+        return resolve(self.rules, self.fallback)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the frontend found, at the canonical level: enough to build any variant without the model."""
+
+    exported: Graph
+    canonical: Graph
+    inputs: InputSpec
+    outputs: OutputSpec
+    static: Mapping[str, str] = field(default_factory=dict)
+
+
+def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Composite = "auto", backend: str = "auto",
+            dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
+            output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
+            dump: str | os.PathLike[str] | None = None) -> Explainer:
+    """Compile a model into an explainer.
+
+    `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
+    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds.
+    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
+    `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
+    `explain`: names of the inputs to explain (default: all but masks). `keep`, `output`: defaults for calls.
+    `fallback`: "gradient" passes ops without a rule by their gradient; default: such ops are errors.
+    `cache`: keep and reuse compiled explainers on disk; `verify`: check a reused one against the model.
+    `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).
+
+    Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
+    (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
+    """
+    from dlbc.cache import cached
+    from dlbc.frontends.torch_export import normalise
+
+    args, kwargs = normalise(example_inputs)
+    dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
+    options = Options(_chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, tuple(explain),
+                      fallback, dump_to)
+    options.composite  # noqa: B018  unknown rules are an error before any work
+    load_backend(options.backend)
+    default = Variant(keep=keep, output=output)
+    if cache and not dump_to:
+        return cached(model, args, kwargs, options, default, verify=verify)
+    return compile_now(model, args, kwargs, options, default)
+
+
+def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options,
+                default: Variant) -> Explainer:
+    """Compile without looking into the cache."""
+    from dlbc.frontends.torch_export import import_model
+
+    imported = import_model(model, args, dict(kwargs), dynamic=options.dynamic)
+    check_weights(imported.weights)
+    graph = imported.graph.with_attrs(explain=options.explain) if options.explain else imported.graph
+    canonical = run(graph, CANONICALISE)
+    source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
+    return explainer_of(source, options, default, imported.weights, model=model)
+
+
+def explainer_of(source: Source, options: Options, default: Variant, weights: Mapping[str, Any], *,
+                 programs: Mapping[Variant, Program] | None = None, model: torch.nn.Module | None = None) -> Explainer:
+    """An explainer that builds its variants from a canonical graph, the default one at once."""
+    build = partial(build_program, source, options)
+    found = dict(programs or {})
+    if default not in found:
+        found[default] = build(default)
+    bound = bind_weights(weights, options.backend)
+    recompile = partial(_recompile, model, options, default) if model is not None else None
+    return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw)
+
+
+def build_program(source: Source, options: Options, variant: Variant) -> Program:
+    """One variant, from the canonical graph to the generated module."""
+    texts = {"exported": print_graph(source.exported), "canonical": print_graph(source.canonical)}
+    graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
+    graph = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=options.composite),))
+    texts["paired"] = print_graph(graph)
+    paired = graph
+    graph = run(graph, lowering(options, ledger=variant.ledger))
+    texts["lowered"] = print_graph(graph)
+    if options.dump:
+        _dump(Path(options.dump), source.canonical.name, variant, texts)
+    program = Program(describe(source, paired, graph, options.backend), load_backend(options.backend).emit(graph), texts)
+    if options.dump:
+        (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)
+    return program
+
+
+def lowering(options: Options, *, ledger: bool) -> tuple[Pass, ...]:
+    """The passes from level 2 to level 3."""
+    stabilisers = (DropStabilisers(),) if options.drop_stabilisers and not ledger else ()
+    return (Lower(ledger=ledger), EliminateCommon(), *stabilisers, Simplify(), EliminateCommon(), HoistConstants(),
+            EliminateDead())
+
+
+def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manifest:
+    """The manifest of a program."""
+    assert paired.relevance is not None
+    prepared = {o.name for op in graph.prepare.ops for o in op.inputs if isinstance(o, Weight)}
+    return Manifest(
+        model=graph.name, backend=backend, composite=str(graph.attrs["composite"]), inputs=source.inputs,
+        outputs=source.outputs, static=dict(source.static),
+        weights=tuple(WeightSpec(w.name, w.type.dtype, tuple(int(str(d)) for d in w.type.shape))
+                      for w in graph.weights.values()),
+        prepared_from=tuple(name for name in graph.weights if name in prepared),
+        explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]), before=str(graph.attrs["before"]),
+        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs),
+        ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
+        rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), _rule_text(op))
+                    for op in paired.relevance.ops if op.rule is not None),
+        versions={"dlbc": __version__})
+
+
+def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """The weights as the backend takes them: torch's own tensors, or numpy arrays sharing their memory."""
+    from dlbc_runtime.arrays import as_numpy
+
+    return {n: as_numpy(w) for n, w in weights.items()} if backend == "numpy" else dict(weights)
+
+
+def check_weights(weights: Mapping[str, Any]) -> None:
+    """InputError naming the first weight that holds NaN or infinity."""
+    import torch
+
+    for name, weight in weights.items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+            raise InputError(f"weight `{name}` holds NaN or infinity",
+                             hint="an explanation of this model would mean nothing; reload or retrain it")
+
+
+def draw(text: str) -> networkx.MultiDiGraph:
+    """The ops of a graph as networkx nodes, with an edge for each value that one reads of another."""
+    import networkx
+
+    drawn, graph = networkx.MultiDiGraph(), parse_graph(text)
+    for section, part in graph.sections():
+        for param in part.params:
+            drawn.add_node(param.name, op="input", section=section, type=str(param.type))
+        for op in part.ops:
+            drawn.add_node(op.result.name, op=op.name, section=section, place=op.place, type=str(op.result.type))
+    owner = {r.name: op.result.name for _, part in graph.sections() for op in part.ops for r in op.results}
+    owner |= {p.name: p.name for _, part in graph.sections() for p in part.params}
+    for _, part in graph.sections():
+        for op in part.ops:
+            for operand in op.inputs:
+                if getattr(operand, "name", None) in owner and not isinstance(operand, Weight):
+                    drawn.add_edge(owner[operand.name], op.result.name)  # type: ignore[union-attr]
+    return drawn
+
+
+def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:
+    """Load a saved explainer. Its code is generated anew from its verified IR; nothing stored is executed.
+
+    `model` gives the weights, unless they were saved with it. ArtifactError for a file that is damaged or
+    foreign, or a model whose weights do not match by name, shape and element type.
+    """
+    from dlbc.cache import load_artifact
+
+    return load_artifact(Path(path), model)
+
+
+def _recompile(model: torch.nn.Module, options: Options, default: Variant, args: tuple[Any, ...],
+               kwargs: Mapping[str, Any]) -> Explainer:
+    return compile_now(model, args, kwargs, options, default)
+
+
+def _chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
+    """What "auto" stands for: AttnLRP, the most faithful preset on transformers and epsilon elsewhere."""
+    return "attnlrp" if rules == "auto" else rules
+
+
+def _dump(folder: Path, name: str, variant: Variant, texts: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for level, text in texts.items():
+        (folder / f"{name}.{variant.name}.{level}.dlir").write_text(text)
+
+
+def _sequence(graph: Graph, inputs: InputSpec) -> str:
+    """The input whose second axis is the sequence of the (position by position) output; "" without."""
+    from dlbc.passes.sink_positions import sequence_output
+
+    found = sequence_output(graph, "")
+    if found is None:
+        return ""
+    return next(spec.name for spec, param in zip(inputs.tensors, graph.forward.params, strict=False)
+                if not param.type.floating and param.type.shape == found[1:])
+
+
+def _rule_text(op: Op) -> str:
+    assert op.rule is not None
+    params = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for _, value in op.rule.params)
+    return f"{op.rule.name}({params})" if params else op.rule.name
+
+
+def _tuple(attr: object) -> tuple[Any, ...]:
+    return attr if isinstance(attr, tuple) else ()
+
+
+def _texts(attr: object) -> tuple[str, ...]:
+    return tuple(map(str, _tuple(attr)))
+

@@ -1,0 +1,76 @@
+"""What went wrong in the exporter, in the user's words: their line, what it does, what to write instead."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from pathlib import Path, PurePath
+
+import torch
+
+from dlbc.errors import ExportError
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
+
+_RULES: tuple[tuple[str, str, str], ...] = (
+    (r"_detect_is_causal_mask",
+     "nn.TransformerEncoder looks into the mask to see whether it is causal",
+     "pass is_causal=True or is_causal=False along with the mask"),
+    (r"pack_padded_sequence|_pack_padded_sequence|PackedSequence",
+     "pack_padded_sequence cannot be captured: its sizes depend on the data",
+     "give padded sequences to the recurrent layer and mask what it returns"),
+    (r"\.numpy\(\)|to numpy|numpy\(\) is not supported|numpy_array|__array__",
+     "the model leaves torch for numpy",
+     "use torch operations instead of `.numpy()` and np functions in forward"),
+    (r"TruncToInt|specialized integer|\.item\(\)|_local_scalar_dense|\.tolist\(\)|Could not extract specialized",
+     "the model turns a tensor's content into a Python number",
+     "keep it a tensor: no `.item()`, `int(...)`, `float(...)` or `.tolist()` of tensors in forward"),
+    (r"GuardOnDataDependentSymNode|data-dependent|DataDependent",
+     "the model decides by the content of a tensor",
+     "replace the `if` or `while` by torch.where, or take the decision outside of forward"),
+    (r"missing \d+ required|unexpected keyword argument|takes .* positional argument|required positional",
+     "the example inputs do not fit the forward method",
+     "give every input that forward needs, by position or by name"),
+    (r"DynamicCache|StaticCache|EncoderDecoderCache|HybridCache",
+     "the model takes or returns a key-value cache",
+     "set model.config.use_cache = False, or pass use_cache=False to the forward method inside"),
+    (r"attributes? .*(assigned|mutat)|was assigned during export|was mutated during export",
+     "forward stores tensors in the model",
+     "return them instead, or register them as buffers and do not reassign them"),
+    (r"unsupported (input|output)|Unsupported input type|Unexpected type|only .* supported as (input|output)",
+     "an input or output of the model is of a type that cannot be captured",
+     "use tensors, numbers, None, and dicts, lists and tuples of them"),
+    (r"ScriptModule|ScriptFunction|ScriptMethod",
+     "the model is a TorchScript module", "give the original nn.Module"),
+)
+
+
+def explained(problem: BaseException, model: torch.nn.Module) -> ExportError:
+    """The exporter's failure as an ExportError at the model's own line; raise it from `problem`."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    text = f"{type(problem).__name__}: {problem}"
+    names = " ".join(frame.name for frame in frames)
+    own = [frame for frame in frames if _is_users(frame.filename)]
+    line = (own[-1].line or linecache.getline(own[-1].filename, own[-1].lineno or 0)).strip() if own else ""
+    where = f"{PurePath(own[-1].filename).name}:{own[-1].lineno}" if own else type(model).__name__
+    shown = f": `{line}`" if line else ""
+    for pattern, fact, hint in _RULES:
+        if re.search(pattern, f"{text} {names} {line}"):
+            return ExportError(fact + shown, where=where, hint=hint)
+    first = next(iter(str(problem).strip().splitlines()), "") or type(problem).__name__
+    return ExportError(f"capturing the model failed with {type(problem).__name__}: {first}{shown}", where=where,
+                       hint="check that the model runs on the example inputs; "
+                            "if it does, dynamic=False may help, or rewrite this line")
+
+
+def brief(problem: BaseException) -> str:
+    """The first line of an exception, for logs."""
+    first = next(iter(str(problem).strip().splitlines()), "")
+    return f"{type(problem).__name__}: {first}"[:200]
+
+
+def _is_users(filename: str) -> bool:
+    inside = filename.startswith((_TORCH, _OURS, "<")) or "/importlib/" in filename
+    return not inside and PurePath(filename).name not in ("contextlib.py", "functools.py")

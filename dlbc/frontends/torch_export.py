@@ -1,0 +1,340 @@
+"""A PyTorch model as a level-0 graph, by torch.export.
+
+The model is captured in eval mode, functionalised but not decomposed (`run_decompositions({})`), with
+batch and sequence sizes free. Its training flags are put back; nothing else of it changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim as ExportDim
+from torch.export import ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+
+from dlbc.errors import ExportError
+from dlbc.frontends.failures import brief, explained
+from dlbc.frontends.inputs import (
+    INJECTED,
+    Args,
+    Axes,
+    Dynamic,
+    Kwargs,
+    Signature,
+    dynamic_axes,
+    enlarged,
+    input_spec,
+    mapped,
+    normalise,
+    role,
+    tensors,
+    text_shape,
+    value_name,
+)
+from dlbc.frontends.sizes import Sizes
+from dlbc.frontends.translate import Translation, weight_operand
+from dlbc.ir.core import Graph, Operand, Section, Value, Weight
+from dlbc.ir.dims import symbols
+from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, OutputSpec, TensorSpec, Tree
+
+__all__ = ["Imported", "import_model", "normalise"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A captured model: level-0 graph, references to its tensors by weight name, how calls and results map.
+
+    `static` names axes that were asked to be dynamic but are not, `"input_ids.1"`, with the reason.
+    """
+
+    graph: Graph
+    weights: dict[str, Tensor]
+    inputs: InputSpec
+    outputs: OutputSpec
+    static: dict[str, str] = field(default_factory=dict)
+
+
+def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dynamic: Dynamic = True) -> Imported:
+    """Capture a model on example inputs. `dynamic`: True for batch and sequence, False for nothing, or axes by
+    input name. Raises InputError (examples), ExportError (capture) and UnsupportedOpError (operators)."""
+    signature = Signature.of(model)
+    injected = {name: value for name, value in INJECTED.items()
+                if name in (*signature.positional[len(args):], *signature.keyword) and name not in kwargs}
+    bound = signature.bind(args, {**kwargs, **injected})
+    named = {path: x for name, value in bound.items() for path, x in tensors(value, name)}
+    if not named:
+        raise ExportError("the example inputs hold no tensor", hint="give the inputs that the model runs on")
+    capture = _Capture(model, signature, bound, named)
+    with torch.no_grad(), evaluating(model):
+        program, sizes, static = capture.run(dynamic_axes(named, dynamic))
+        return _imported(capture, program, sizes, static, tuple(injected))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every submodule, without calling the model's own `eval`; then each flag as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class _Capture:
+    """The attempts to export one model, each with the axes that are still dynamic."""
+
+    model: nn.Module
+    signature: Signature
+    bound: dict[str, Any]
+    named: dict[str, Tensor]
+    examples: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, axes: Axes) -> tuple[ExportedProgram, Sizes, dict[str, str]]:
+        """The program, names of its sizes, and the axes that had to become static with the reasons."""
+        static: dict[str, str] = {}
+        while True:
+            try:
+                program = self.export(axes)
+            except Exception as problem:  # the model's own code runs in there: it may raise anything
+                fewer = _more_static(axes)
+                if fewer is None:
+                    raise explained(problem, self.model) from problem
+                reason = f"the model cannot be captured with it dynamic ({brief(problem)})"
+            else:
+                sizes, fixed = self.sizes(program, axes)
+                again = {key: reason for key, reason in fixed.items() if self._changed(*key)}
+                static |= {f"{name}.{axis}": reason for (name, axis), reason in fixed.items()}
+                if not again:
+                    for key, why in static.items():
+                        log.info("axis %s is static: %s", key, why)
+                    return program, sizes, static
+                fewer = _without(axes, again)
+                reason = ""
+            static |= {f"{name}.{axis}": reason for name, own in axes.items() for axis in own
+                       if axis not in fewer.get(name, ()) and f"{name}.{axis}" not in static}
+            axes = fewer
+
+    def export(self, axes: Axes) -> ExportedProgram:
+        """One attempt."""
+        self.examples = enlarged(self.named, axes)
+        values = {name: mapped(value, name, lambda path, _: self.examples[path]) for name, value in self.bound.items()}
+        args, kwargs = self.call(values)
+        shapes = ShapesCollection()
+        for name, own in axes.items():
+            shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)  # type: ignore[attr-defined]
+        spec = shapes.dynamic_shapes(self.model, args, kwargs) if axes else None
+        program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
+        return program.run_decompositions({})
+
+    def call(self, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
+        """Values by parameter as a call: all by name, except what `*args` forces to be positional."""
+        surplus = values.get(self.signature.variadic, ()) if self.signature.variadic else ()
+        first = self.signature.positional if surplus else ()
+        args = (*(values[name] for name in first), *surplus)
+        return args, {k: v for k, v in values.items() if k not in first and k != self.signature.variadic}
+
+    def sizes(self, program: ExportedProgram, axes: Axes) -> tuple[Sizes, dict[tuple[str, int], str]]:
+        """Names of the program's symbols; and the dynamic axes that are not plain symbols, with the reason."""
+        sizes, fixed = Sizes(), dict[tuple[str, int], str]()
+        shapes = {name: self.fakes(program)[name].shape for name in axes}
+        wanted = sorted(((role(self.named[name], axis), name, axis) for name, own in axes.items() for axis in own),
+                        key=lambda entry: ("BT".find(entry[0]) % 3, ))
+        free, kind_sizes = 0, dict[str, int]()
+        for kind, name, axis in wanted:
+            size = shapes[name][axis]
+            if isinstance(size, int):
+                fixed[name, axis] = f"the model works for size {size} only"
+                continue
+            expression = size.node.expr
+            if not expression.is_Symbol or str(expression) in sizes.names:
+                continue
+            example = self.examples[name].shape[axis]
+            ours = kind if kind and kind_sizes.setdefault(kind, example) == example else ""
+            if not ours:
+                ours, free = f"s{free}", free + 1
+            sizes.add(expression, ours, _bounds(program, expression))
+        for _, name, axis in wanted:
+            size = shapes[name][axis]
+            if not isinstance(size, int) and any(str(s) not in sizes.names for s in size.node.expr.free_symbols):
+                fixed[name, axis] = f"the model takes only sizes of the form {size}"
+        return sizes, fixed
+
+    def fakes(self, program: ExportedProgram) -> dict[str, Tensor]:
+        """The exporter's fake tensors of the inputs by our names."""
+        nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        return {path: nodes[name].meta["val"] for path, name in self.placeholders(program).items()}
+
+    def placeholders(self, program: ExportedProgram) -> dict[str, str]:
+        """Our name of each tensor input to the exporter's."""
+        names = [getattr(spec.arg, "name", "") for spec in program.graph_signature.input_specs
+                 if spec.kind is InputKind.USER_INPUT]
+        args, kwargs = pytree.tree_unflatten([_Slot(name) for name in names], program.call_spec.in_spec)
+        slots = {path: slot.name for name, value in self.signature.bind(args, kwargs).items()
+                 for path, slot in _slots(value, name)}
+        return {path: slots[path] for path in self.named}
+
+    def _changed(self, name: str, axis: int) -> bool:
+        """Whether the attempt's size of an axis differs from the user's, or is no plain size: it must not be fixed."""
+        return self.examples[name].shape != self.named[name].shape or not isinstance(
+            self.examples[name].shape[axis], int)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    name: str
+
+
+def _slots(value: object, path: str) -> Iterator[tuple[str, _Slot]]:
+    if isinstance(value, _Slot):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _slots(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _slots(inner, f"{path}.{i}")
+
+
+def _more_static(axes: Axes) -> Axes | None:
+    """Fewer dynamic axes to try: first the batch alone, then none; None when there are none."""
+    if not axes:
+        return None
+    batch = {name: (0,) for name, own in axes.items() if 0 in own}
+    return batch if any(own != (0,) for own in axes.values()) else {}
+
+
+def _without(axes: Axes, gone: Mapping[tuple[str, int], str]) -> Axes:
+    kept = {name: tuple(axis for axis in own if (name, axis) not in gone) for name, own in axes.items()}
+    return {name: own for name, own in kept.items() if own}
+
+
+def _bounds(program: ExportedProgram, expression: Any) -> tuple[int, int]:
+    """A symbol's range. From 1 up: that the exporter starts at 2 is its own habit, not the model's."""
+    found = program.range_constraints.get(expression)
+    if found is None:
+        return 1, UNBOUNDED
+    low = int(found.lower) if found.lower.is_Integer else 1
+    high = int(found.upper) if found.upper.is_Integer else UNBOUNDED
+    return (1 if low <= 2 else low), min(high, UNBOUNDED)
+
+
+def _imported(capture: _Capture, program: ExportedProgram, sizes: Sizes, static: dict[str, str],
+              injected: tuple[str, ...]) -> Imported:
+    """The program as a graph, with its weights and signatures."""
+    model = capture.model
+    leaves = frozenset(path for path, module in model.named_modules() if not any(True for _ in module.children()))
+    translation = Translation(sizes, leaves)
+    taken: set[str] = set()
+    fakes, placeholders = capture.fakes(program), capture.placeholders(program)
+    params: dict[str, Value] = {}
+    for path in capture.named:
+        params[placeholders[path]] = Value(value_name(path, taken), sizes.type(fakes[path]))
+        taken.add(params[placeholders[path]].name)
+    translation.at.taken = set(taken)
+    tensors_by_name, operands = _weights(model, program, sizes)
+    constants = {spec.arg.name: spec.arg.value for spec in program.graph_signature.input_specs
+                 if spec.kind is InputKind.USER_INPUT and hasattr(spec.arg, "value")}
+    known: dict[str, Operand] = {**operands, **params, **constants}
+    translation.known |= {node: known[node.name] for node in program.graph.nodes if node.op == "placeholder"}
+    outputs = translation.run(program.graph_module)
+    results, tree = _results(translation, outputs[-len(program.graph_signature.user_outputs):]
+                             if program.graph_signature.user_outputs else (), program)
+    ops, renamed = translation.named(results, taken)
+    used = {o.name for op in ops for o in op.operands if isinstance(o, Weight)}
+    weights = {operand.name: operand for operand in operands.values() if operand.name in used}
+    places = {op.place for op in ops}
+    specs = {path: TensorSpec(params[name].name, params[name].type.dtype, text_shape(params[name].type.shape))
+             for path, name in placeholders.items()}
+    output_spec = OutputSpec(tree)
+    graph = Graph(
+        name=type(model).__name__,
+        forward=Section(params=tuple(params.values()), body=ops, results=tuple(map(renamed, results))),
+        dims={name: bounds for name, bounds in sorted(sizes.ranges.items()) if any(
+            name in symbols(dim) for value in params.values() for dim in value.type.shape)},
+        weights=weights,
+        locations={place: at for place, at in translation.locations.items() if place in places},
+        attrs={"inputs": tuple(capture.named), "outputs": output_spec.names})
+    return Imported(graph, {name: tensors_by_name[name] for name in weights},
+                    input_spec(capture.signature, capture.bound, injected, specs, sizes), output_spec, static)
+
+
+def _weights(model: nn.Module, program: ExportedProgram, sizes: Sizes) -> tuple[dict[str, Tensor], dict[str, Weight]]:
+    """The model's tensors by weight name, and the weight of each placeholder; one weight for tied tensors."""
+    found: dict[str, Tensor] = {}
+    operands: dict[str, Weight] = {}
+    names: dict[int, str] = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target is None:
+            raise ExportError(f"the model reads `{spec.target}` ({spec.kind.name.lower()}), which is not a tensor")
+        tensor = program.state_dict.get(spec.target)
+        tensor = program.constants[spec.target] if tensor is None else tensor
+        name = names.setdefault(id(tensor), spec.target)
+        found[name] = tensor
+        operands[spec.arg.name] = weight_operand(name, tensor, sizes)
+    return found, operands
+
+
+def _results(translation: Translation, outputs: tuple[Operand, ...],
+             program: ExportedProgram) -> tuple[list[Value], Tree]:
+    """The forward section's results and the tree of the model's result. Every result is a value of its own:
+    an output that is an input, a weight, or another output again gets a copy (a cast to its own type)."""
+    results: list[Value] = []
+    at, inner = translation.at, {value.name for op in translation.at.ops for value in op.results}
+    at.place = ""
+    seen: set[str] = set()
+
+    def leaf(output: Operand, path: str) -> Tree:
+        if not isinstance(output, Value | Weight):
+            if output is None or isinstance(output, bool | int | float | str):
+                return Constant(output)
+            raise ExportError(f"the output `{path}` is a size, {output}", hint="return tensors only")
+        value = output
+        if not isinstance(value, Value) or value.name in seen or value.name not in inner:
+            value = at.cast(output, dtype=output.type.dtype)
+            translation.calls.append(("", ""))
+        seen.add(value.name)
+        results.append(value)
+        return TensorSpec(path or "output", value.type.dtype, text_shape(value.type.shape))
+
+    def walk(node: Any, path: str) -> Tree:
+        if isinstance(node, _Output):
+            return leaf(node.operand, path)
+        if node is None:
+            return Constant(None)
+        if isinstance(node, Mapping) or hasattr(node, "_fields"):
+            items = node.items() if isinstance(node, Mapping) else node._asdict().items()
+            named = {str(key): walk(inner, f"{path}.{key}" if path else str(key)) for key, inner in items}
+            return Container("dict", tuple(named.values()), tuple(named))
+        if isinstance(node, list | tuple):
+            return Container("list" if isinstance(node, list) else "tuple", tuple(
+                walk(inner, f"{path or 'output'}.{i}") for i, inner in enumerate(node)))
+        raise ExportError(f"the output `{path or 'output'}` is a {type(node).__name__}",
+                          hint="return tensors, and dicts, lists and tuples of them; with a key-value cache, "
+                               "pass use_cache=False")
+
+    tree = walk(pytree.tree_unflatten([_Output(output) for output in outputs], program.call_spec.out_spec), "")
+    if not results:
+        raise ExportError("the model returns no tensor", hint="return the tensors to explain")
+    return results, tree
+
+
+@dataclass(frozen=True)
+class _Output:
+    operand: Operand
+
+

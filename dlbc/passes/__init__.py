@@ -1,0 +1,98 @@
+"""Passes: each reads one graph and returns one. One pass per file; a pass's fields are its options.
+
+`parse("raise_norms,pair{composite=attnlrp}")` reads the text that `dlbc-opt -p` and reproducers use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import ClassVar, TypeVar
+
+from dlbc.errors import IRError
+from dlbc.ir.core import Graph
+from dlbc.ir.verifier import verify
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A graph-to-graph step. Subclasses are frozen dataclasses: `name`, options as fields, `run`."""
+
+    name: ClassVar[str]
+
+    def run(self, graph: Graph) -> Graph:
+        """The rewritten graph."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        stated = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + (f"{{{','.join(stated)}}}" if stated else "")
+
+
+PASSES: dict[str, type[Pass]] = {}
+P = TypeVar("P", bound=type[Pass])
+
+
+def register(cls: P) -> P:
+    """Class decorator: make the pass known by its name."""
+    PASSES[cls.name] = cls
+    return cls
+
+
+def load_all() -> None:
+    """Import every pass file, so that `PASSES` is complete."""
+    for module in iter_modules(__path__):
+        if not module.ispkg:
+            import_module(f"{__name__}.{module.name}")
+
+
+def parse(text: str) -> list[Pass]:
+    """The passes that `a{option=value;option=value},b` names. IRError for unknown names and options."""
+    load_all()
+    found = []
+    for name, options in re.findall(r"([\w-]+)(?:\{([^}]*)\})?\s*(?:,|$)", text.strip()):
+        if name not in PASSES:
+            near = get_close_matches(name, PASSES, 3)
+            raise IRError(f"unknown pass `{name}`", hint=f"did you mean {', '.join(near) or ', '.join(PASSES)}?")
+        found.append(_configured(PASSES[name], options))
+    return found
+
+
+def _configured(cls: type[Pass], text: str) -> Pass:
+    known = {f.name: f for f in fields(cls)}
+    options: dict[str, object] = {}
+    for item in filter(None, re.split(r"[;,]\s*", text)):
+        key, _, value = item.partition("=")
+        if key.strip() not in known:
+            raise IRError(f"pass `{cls.name}` has no option `{key}`", hint=f"it has {', '.join(known) or 'none'}")
+        kind = type(known[key.strip()].default)
+        options[key.strip()] = _BOOLEANS[value.strip().lower()] if kind is bool else kind(value.strip())
+    return cls(**options)
+
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def run(graph: Graph, passes: Iterable[Pass], *, observe: Callable[[Pass, Graph], None] | None = None) -> Graph:
+    """Run passes in order. With DLBC_DEBUG set each result is verified; an error names the pass."""
+    debug = bool(os.environ.get("DLBC_DEBUG"))
+    for step in passes:
+        graph = step.run(graph)
+        log.debug("pass %s", step)
+        if debug:
+            try:
+                verify(graph)
+            except IRError as problem:
+                raise IRError(f"after pass `{step}`: {problem.fact}", where=problem.where,
+                              hint=problem.hint) from problem
+        if observe is not None:
+            observe(step, graph)
+    return graph

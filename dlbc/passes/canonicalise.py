@@ -1,0 +1,211 @@
+"""Local rewrites that make one form out of many, so that the patterns of the raising passes are few.
+
+Each rule looks at one op and what defines its operands. `simplify` applies the same rules to lowered
+relevance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dlbc.errors import IRError
+from dlbc.ir.builder import Builder
+from dlbc.ir.core import Graph, Op, Operand, Value, Weight
+from dlbc.ir.ops import attr, axis, definition, infer
+from dlbc.passes import Pass, register
+from dlbc.passes.match import Dataflow, build, floating, orders, replace_ops, type_of
+
+Local = Callable[[Op, Dataflow, Builder], Operand]
+
+
+@register
+@dataclass(frozen=True)
+class Canonicalise(Pass):
+    """Remove moves and arithmetic that do nothing, join chains of moves, make literals of filled scalars.
+
+    Also: a product with a constant matrix is a `linear`, a constant vector added to it is its bias, and
+    reshapes around a `linear` that only fold its leading axes (GPT-2's Conv1D) go.
+    """
+
+    name: ClassVar[str] = "canonicalise"
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph with every rule applied once, from the first op to the last."""
+        for section in ("prepare", "forward"):
+            graph = replace_ops(graph, local, section)
+        return graph
+
+
+def local(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """What stands for an op's result after the first rule that applies, None when none does."""
+    if op.operands and type_of(op.operands[0]) == op.result.type:
+        same = _does_nothing(op, flow)
+        if same is not None:
+            return same
+    rule = _RULES.get(op.name)
+    new = rule(op, flow, at) if rule is not None else None
+    if new is None and definition(op.name).elementwise:
+        new = _literal_operands(op, flow, at)
+    return new
+
+
+def _does_nothing(op: Op, flow: Dataflow) -> Operand:
+    """The first operand, where the op returns it unchanged (its type is known to be the result's)."""
+    x = op.operands[0]
+    if op.name in ("cast", "reshape", "expand"):
+        return x
+    if op.name == "slice":
+        return x if attr(op, "start") == 0 and attr(op, "step") == 1 else None
+    if op.name == "permute":
+        dims = op.attrs["dims"]
+        return x if isinstance(dims, tuple) and _axes(op) == tuple(range(len(dims))) else None
+    if op.name == "cat":
+        return x if len(op.operands) == 1 else None
+    if op.name == "pad":
+        return x if not any(before or after for before, after in op.attrs["pads"]) else None  # type: ignore
+    if op.name in ("add", "sub") and flow.number(op.operands[1]) == 0:
+        return x
+    if op.name in ("mul", "div", "pow") and flow.number(op.operands[1]) == 1:
+        return x
+    if op.name in ("bitwise_and", "logical_and") and type_of(x).dtype == "bool":
+        return x if _truth(op.operands[1], flow) is True else None
+    if op.name in ("bitwise_or", "logical_or") and type_of(x).dtype == "bool":
+        return x if _truth(op.operands[1], flow) is False else None
+    return None
+
+
+def _truth(operand: Operand, flow: Dataflow) -> bool | None:
+    if isinstance(operand, bool):
+        return operand
+    filled = flow.op(operand, "full")
+    value = filled.attrs["value"] if filled is not None else None
+    return value if isinstance(value, bool) else None
+
+
+def _axes(op: Op) -> tuple[int, ...]:
+    dims = op.attrs["dims"]
+    assert isinstance(dims, tuple)
+    return tuple(axis(len(dims), d) for d in dims if isinstance(d, int))
+
+
+# --- one rule per op ---------------------------------------------------------------------------------
+
+def _swapped(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """`1 * x`, `0 + x`, `true and x`: the literal goes to the right, where `_does_nothing` looks."""
+    a, b = op.operands
+    if type_of(b) != op.result.type:
+        return None
+    return _does_nothing(Op(op.name, (b, a), op.results, op.attrs), flow)
+
+
+def _reshape(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    inner = flow.op(op.operands[0], "reshape")
+    if inner is not None:
+        x = inner.operands[0]
+        return x if type_of(x) == op.result.type else at.reshape(x, shape=op.attrs["shape"])
+    return _unfolded_linear(op, flow, at)
+
+
+def _unfolded_linear(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """reshape(linear(reshape(x, [-1, in])), [..., out]) is linear(x)."""
+    linear = flow.op(op.operands[0], "linear")
+    folded = flow.op(linear.operands[0], "reshape") if linear is not None and flow.single(linear.result) else None
+    if linear is None or folded is None:
+        return None
+    x, shape = folded.operands[0], op.result.type.shape
+    before = type_of(x).shape
+    if not shape or before[:-1] != shape[:-1] or before[-1:] != folded.result.type.shape[-1:]:
+        return None
+    return at.linear(x, *linear.operands[1:], place=linear.place)
+
+
+def _permute(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    inner = flow.op(op.operands[0], "permute")
+    if inner is None:
+        return None
+    first, second = _axes(inner), _axes(op)
+    dims = tuple(first[d] for d in second)
+    x = inner.operands[0]
+    return x if dims == tuple(range(len(dims))) else at.permute(x, dims=dims)
+
+
+def _expand(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    inner = flow.op(op.operands[0], "expand")
+    return at.expand(inner.operands[0], shape=op.attrs["shape"]) if inner is not None else None
+
+
+_EXACT_IN = {"bf16": ("bf16", "f32", "f64"), "f16": ("f16", "f32", "f64"), "f32": ("f32", "f64"), "f64": ("f64",),
+             "bool": ("bool", "u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32", "f64")}
+
+
+def _cast(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """A cast to a wider type and back, and a cast by way of a wider type."""
+    inner = flow.op(op.operands[0], "cast")
+    if inner is None:
+        return None
+    x = inner.operands[0]
+    if inner.result.type.dtype not in _EXACT_IN.get(type_of(x).dtype, ()):
+        return None
+    return x if type_of(x) == op.result.type else at.cast(x, dtype=op.attrs["dtype"])
+
+
+def _neg(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    inner = flow.op(op.operands[0], "neg")
+    return inner.operands[0] if inner is not None else None
+
+
+def _not(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    inner = flow.op(op.operands[0], "logical_not", "bitwise_not")
+    boolean = inner is not None and type_of(inner.operands[0]).dtype == "bool"
+    return inner.operands[0] if inner is not None and boolean else None
+
+
+def _matmul(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """x @ W with a constant matrix W."""
+    x, weight = op.operands
+    if not flow.constant(weight) or type_of(weight).rank != 2 or not floating(x):
+        return None
+    transposed = flow.op(weight, "permute")
+    if transposed is not None:
+        return at.linear(x, transposed.operands[0])
+    return at.linear(x, at.permute(weight, dims=(1, 0)))
+
+
+def _add(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """linear(x, W) + b with a constant vector b."""
+    for x, bias in orders(op):
+        linear = flow.op(x, "linear")
+        if (linear is not None and len(linear.operands) == 2 and flow.single(x) and flow.constant(bias)
+                and type_of(bias).shape == type_of(linear.operands[1]).shape[:1]):
+            return at.linear(*linear.operands, bias, place=linear.place)
+    return _swapped(op, flow, at)
+
+
+def _literal_operands(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """Filled tensors among the operands of an elementwise op as literals, where the type stays."""
+    operands = tuple(_as_literal(o, flow) for o in op.operands)
+    if operands == op.operands or not any(isinstance(o, (Value, Weight)) for o in operands):
+        return None
+    try:
+        fits = infer(op.name, operands, dict(op.attrs)) == (op.result.type,)
+    except IRError:
+        return None
+    return build(at, op.name, *operands, attrs=op.attrs) if fits else None
+
+
+def _as_literal(operand: Operand, flow: Dataflow) -> Operand:
+    filled = flow.op(operand, "full")
+    value = filled.attrs["value"] if filled is not None else None
+    if filled is None or not isinstance(value, (int, float)):
+        return operand
+    dtype = filled.result.type.dtype
+    return bool(value) if dtype == "bool" else float(value) if floating(operand) else int(value)
+
+
+_RULES: dict[str, Local] = {
+    "reshape": _reshape, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
+    "logical_not": _not, "bitwise_not": _not, "matmul": _matmul, "add": _add, "mul": _swapped,
+    "bitwise_and": _swapped, "logical_and": _swapped, "bitwise_or": _swapped, "logical_or": _swapped,
+}

@@ -1,0 +1,45 @@
+"""Dead code: ops that nothing returned or saved depends on, weights and places that nothing names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from dlbc.ir.core import Graph, Section, Weight, values
+from dlbc.passes import Pass, register
+from dlbc.passes.rewrite import live
+
+
+@register
+@dataclass(frozen=True)
+class EliminateDead(Pass):
+    """Remove ops without effect, from the last section to the first; then tighten `saves`."""
+
+    name: ClassVar[str] = "eliminate_dead"
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph without dead ops, saves, weights and locations."""
+        relevance, forward = graph.relevance, graph.forward
+        if relevance is not None:
+            relevance = replace(relevance, body=live(relevance.ops, relevance.results))
+            own = {r.name for op in forward.ops for r in op.results} | {p.name for p in forward.params}
+            saved = {v.name: v for op in relevance.ops for v in values(op.inputs) if v.name in own}
+            forward = replace(forward, saves=tuple(saved.values()))
+        forward = replace(forward, body=live(forward.ops, (*forward.results, *forward.saves)))
+        prepare = _prepared(graph.prepare, [forward] + ([relevance] if relevance else []))
+        graph = replace(graph, prepare=prepare, forward=forward, relevance=relevance)
+        ops = [op for _, section in graph.sections() for op in section.ops]
+        weights = {o.name for op in ops for o in op.inputs if isinstance(o, Weight)}
+        weights |= {o.name for f in graph.functions.values() for item in f.body
+                    for op in getattr(item, "body", (item,)) for o in op.inputs if isinstance(o, Weight)}
+        places = {op.place for op in ops}
+        return replace(graph,
+                       weights={n: w for n, w in graph.weights.items() if n in weights},
+                       locations={p: at for p, at in graph.locations.items() if p in places})
+
+
+def _prepared(prepare: Section, readers: list[Section]) -> Section:
+    read = {v.name for section in readers for op in section.ops for v in values(op.inputs)}
+    read |= {v.name for section in readers for v in (*section.results, *section.saves)}
+    results = tuple({r.name: r for op in prepare.ops for r in op.results if r.name in read}.values())
+    return replace(prepare, body=live(prepare.ops, results), results=results)

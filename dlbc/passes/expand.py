@@ -1,0 +1,51 @@
+"""Expand one rule: the primitives that a `rel.*` op stands for. Shared by `pair`, `lower` and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dlbc.errors import IRError, RuleError
+from dlbc.ir.core import Graph, Op, Rule, Value, values
+from dlbc.passes.carriers import MOVES, carriers
+from dlbc.passes.rules import RULES, Contributions, Expansion, Facts, load_rules, seeded
+
+
+def facts(graph: Graph) -> Facts:
+    """What rules may know of a graph."""
+    return Facts(carriers(graph), _softmaxes(graph))
+
+
+def _softmaxes(graph: Graph) -> set[str]:
+    found: set[str] = set()
+    for op in graph.forward.ops:
+        if op.name == "softmax" or (op.name in MOVES and any(v.name in found for v in values(op.operands[:1]))):
+            found |= {r.name for r in op.results}
+    return found
+
+
+def expand_rule(op: Op, rule: Rule, incoming: Sequence[Value | None], known: Facts, taken: Iterable[str]
+                ) -> tuple[Expansion, Contributions]:
+    """The primitives of a rule for a forward op (in the builder), and its contribution to each operand."""
+    load_rules()
+    if (op.name, rule.name) not in RULES:
+        named = ", ".join(sorted(name for kind, name in RULES if kind == op.name))
+        raise RuleError(f"`{op.name}` has no rule `{rule.name}`", where=f"#{op.place}", hint=f"it has {named}")
+    at = Expansion(taken, known, place=op.place, of=op.result.name)
+    contributed = RULES[op.name, rule.name].expand(at, op, *incoming, **dict(rule.params))
+    if len(contributed) != len(op.operands):
+        raise IRError(f"rule `{rule.name}` of `{op.name}` gives {len(contributed)} contributions for "
+                      f"{len(op.operands)} operands", where=f"#{op.place}")
+    return at, tuple(_checked(at, op, rule, operand, value)
+                     for operand, value in zip(op.operands, contributed, strict=True))
+
+
+def _checked(at: Expansion, op: Op, rule: Rule, operand: object, value: Value | None) -> Value | None:
+    if value is None or not isinstance(operand, Value) or not at.carries(operand):
+        return None
+    wanted = seeded(operand.type)
+    if value.type.rank == wanted.rank and value.type != wanted:
+        value = at.widen(value, operand.type)
+    if value.type != wanted:
+        raise IRError(f"rule `{rule.name}` of `{op.name}` gives {value.type} for an operand that needs {wanted}",
+                      where=f"#{op.place}")
+    return value

@@ -1,0 +1,72 @@
+"""Constants: what depends on weights and literals alone is computed once per weight state, in `prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from dlbc.ir.core import Attr, Graph, Op, Operand, Section, Value, Weight, values
+from dlbc.ir.dims import Sym
+from dlbc.passes import Pass, register
+
+_CREATION = ("full", "arange")
+
+
+@register
+@dataclass(frozen=True)
+class HoistConstants(Pass):
+    """Move ops of `forward` that read no input, and no size that differs between calls, to `prepare`.
+
+    So Gemma's `1 + weight`, GPT-2's transposed weights or a table of frequencies are not computed in every
+    call, and no number of the model is copied into the text. `arange(T)` stays. Bare creation ops stay
+    too, unless what moves needs them.
+    """
+
+    name: ClassVar[str] = "hoist_constants"
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph with constants in `prepare`."""
+        constant = {r.name for op in graph.prepare.ops for r in op.results}
+        returned = {v.name for v in graph.forward.results}
+        moved: dict[str, Op] = {}
+        for op in graph.forward.ops:
+            if _is_constant(op, constant) and not any(r.name in returned for r in op.results):
+                constant |= {r.name for r in op.results}
+                moved |= {r.name: op for r in op.results}
+        _keep_bare_creation(graph, moved)
+        if not moved:
+            return graph
+        forward = replace(graph.forward, body=tuple(op for op in graph.forward.ops if op.result.name not in moved))
+        prepared = (*graph.prepare.ops, *(op for op in graph.forward.ops if op.result.name in moved))
+        return replace(graph, forward=forward, prepare=Section(body=prepared, results=_read(graph, forward, prepared)))
+
+
+def _is_constant(op: Op, constant: set[str]) -> bool:
+    if any(_varies(dim) for r in op.results for dim in r.type.shape) or any(map(_varies, op.attrs.values())):
+        return False
+    return all(isinstance(o, Weight) or (isinstance(o, Value) and o.name in constant)
+               or (not isinstance(o, (Value, Sym))) for o in op.operands)
+
+
+def _varies(attr: Attr | Operand) -> bool:
+    return isinstance(attr, Sym) or (isinstance(attr, tuple) and any(map(_varies, attr)))
+
+
+def _keep_bare_creation(graph: Graph, moved: dict[str, Op]) -> None:
+    """Leave in place what only fills or counts: nothing is gained by keeping it between calls."""
+    needed: set[str] = set()
+    for op in reversed(list(graph.forward.ops)):
+        if op.result.name not in moved:
+            continue
+        if op.name in _CREATION and not any(r.name in needed for r in op.results):
+            for result in op.results:
+                del moved[result.name]
+        else:
+            needed |= {v.name for v in values(op.operands)}
+
+
+def _read(graph: Graph, forward: Section, prepared: tuple[Op, ...]) -> tuple[Value, ...]:
+    readers = [forward] + ([graph.relevance] if graph.relevance is not None else [])
+    read = {v.name for section in readers for op in section.ops for v in values(op.inputs)}
+    read |= {v.name for section in readers for v in (*section.results, *section.saves)}
+    return tuple(r for op in prepared for r in op.results if r.name in read)

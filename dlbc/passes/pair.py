@@ -1,0 +1,223 @@
+"""Pair: one `rel.*<rule>` op for each forward op that relevance passes, from the outputs back.
+
+Reads level 1, gives level 2. A value that several ops use gets one contribution from each, joined by
+`rel.sum`; where a rule carries the other form (relevance R, multiplier M = R / value) a conversion stands
+between: `rel.to_relevance`, `rel.to_multiplier`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from dlbc.composite import Composite, resolve
+from dlbc.errors import IRError
+from dlbc.ir.builder import Builder
+from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
+from dlbc.passes import Pass, register
+from dlbc.passes.carriers import data_operands, explained_inputs
+from dlbc.passes.expand import expand_rule, facts
+from dlbc.passes.rewrite import live, names
+from dlbc.passes.rules import RULES, Form, seeded
+
+STABILISER = 1e-6
+FINAL = ("softmax", "log_softmax", "sigmoid")
+
+
+@register
+@dataclass(frozen=True)
+class Pair(Pass):
+    """Give every carrying forward op its relevance op, by the rules of `composite` (a preset's name).
+
+    `output`: the user's name of the output that is explained (default `logits`, else the first that carries
+    relevance). `keep`: also return the relevance of inner places: "modules", "all", or a module-path glob.
+    """
+
+    name: ClassVar[str] = "pair"
+    composite: str = "attnlrp"
+    output: str = ""
+    keep: str = "inputs"
+    rules: Composite | None = field(default=None, repr=False, compare=False)
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph with its relevance section."""
+        composite = self.rules or resolve(self.composite)
+        composite.check(graph)
+        return _Pairing(graph, composite, self.output, self.keep).run()
+
+
+class _Pairing:
+    """The state of one run: contributions found so far, by forward value."""
+
+    def __init__(self, graph: Graph, composite: Composite, output: str, keep: str) -> None:
+        self.graph, self.composite, self.keep = graph, composite, keep
+        self.facts = facts(graph)
+        self.carriers = self.facts.carriers
+        self.at = Builder(names(graph))
+        self.contributions: dict[str, list[tuple[Form, Value]]] = {}
+        self.uses = Counter(o.name for op in graph.forward.ops for o in values(data_operands(op)))
+        self.output = self._explained_output(output)
+
+    def run(self) -> Graph:
+        forward = self.graph.forward
+        seeded_value, skipped = self._before_softmax(self.output)
+        seed = Value(self.at.name(f"R.{seeded_value.name}"), seeded(seeded_value.type))
+        self.contributions[seeded_value.name] = [("R", seed)]
+        kept = self._kept()
+        found: dict[str, Value] = {}
+        for op in reversed(list(forward.ops)):
+            for result in op.results:
+                if result.name in kept and result.name in self.contributions:
+                    found[result.name] = self._joined(result, "R")
+            if any(r.name in self.contributions for r in op.results):
+                self._pair(op)
+        inputs = [p for p in explained_inputs(self.graph) if p.name in self.carriers]
+        relevant = [self._at_input(p) for p in inputs]
+        nodes = [(kept[name], value) for name, value in reversed(found.items())]
+        results = (*relevant, *(value for _, value in nodes))
+        body = live(self.at.ops, results)
+        graph = replace(self.graph, relevance=Section((seed,), tuple(body), results),
+                        dims={**self.graph.dims, "S": (1, 1024)})
+        position = [r.name for r in forward.results].index(self.output.name)
+        graph = graph.with_attrs(
+            composite=self.composite.name, explained=tuple(p.name for p in inputs),
+            nodes=tuple(place for place, _ in nodes), output=_names(graph, "outputs")[position], before=skipped)
+        saved = {v.name: v for op in body for v in values(op.reads)}
+        defined = {p.name: p for p in forward.params} | {r.name: r for op in forward.ops for r in op.results}
+        return replace(graph, forward=replace(
+            forward, results=(*forward.results, *(defined[name] for name in reversed(found))),
+            saves=tuple(v for n, v in saved.items() if n in defined)))
+
+    def _explained_output(self, wanted: str) -> Value:
+        outputs = dict(zip(_names(self.graph, "outputs"), self.graph.forward.results, strict=True))
+        carrying = [name for name, value in outputs.items() if value.name in self.carriers]
+        if not carrying:
+            raise IRError("no output depends on an explained input in a differentiable way",
+                          hint="outputs that are integers or constants cannot be explained")
+        chosen = wanted or ("logits" if "logits" in carrying else carrying[0])
+        if chosen not in carrying:
+            raise IRError(f"`{chosen}` is no output that can be explained", hint=f"it can be {', '.join(carrying)}")
+        return outputs[chosen]
+
+    def _before_softmax(self, output: Value) -> tuple[Value, str]:
+        """The value to seed: what enters a final softmax or sigmoid, and the name of what was skipped."""
+        op = self.graph.forward.definitions().get(output.name)
+        if op is not None and op.name in FINAL and isinstance(op.operands[0], Value):
+            return op.operands[0], op.name
+        return output, ""
+
+    def _kept(self) -> dict[str, str]:
+        """Forward values whose relevance is asked for, with the name each is returned under."""
+        if self.keep == "inputs":
+            return {}
+        if self.keep == "all":
+            return {r.name: r.name for op in self.graph.forward.ops for r in op.results if r.name in self.carriers}
+        last: dict[str, str] = {}
+        for op in self.graph.forward.ops:
+            parts = op.place.split(".") if op.place else []
+            for depth in range(1, len(parts) + 1):
+                if op.result.name in self.carriers:
+                    last[".".join(parts[:depth])] = op.result.name
+        chosen = {place: name for place, name in last.items()
+                  if self.keep == "modules" or fnmatchcase(place, self.keep)}
+        if not chosen:
+            raise IRError(f"keep={self.keep!r} matches no module", hint=f"modules: {', '.join(list(last)[:8])}, ...")
+        found: dict[str, str] = {}
+        for place, name in chosen.items():
+            found[name] = min((found.get(name, place), place), key=len)
+        return found
+
+    def _pair(self, op: Op) -> None:
+        rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op))
+        definition = RULES[op.name, rule.name]
+        form = definition.form
+        if form == "any":
+            forms = {f for r in op.results for f, _ in self.contributions.get(r.name, ())}
+            form = "M" if forms == {"M"} else "R"
+        eps = dict(rule.params).get("eps", STABILISER)
+        incoming = tuple(self._joined(r, form, eps) if r.name in self.contributions else None for r in op.results)
+        trial, contributed = expand_rule(op, rule, incoming, self.facts, self.at.taken)
+        targets = [(i, o) for i, o in enumerate(op.operands)
+                   if contributed[i] is not None and isinstance(o, Value) and o.name in self.carriers]
+        if not targets:
+            return
+        results = []
+        for _, operand in targets:
+            stem = f"{form}.{operand.name}"
+            results.append(Value(self.at.name(stem if self.uses[operand.name] == 1 else f"{stem}.0"),
+                                 seeded(operand.type)))
+            self.contributions.setdefault(operand.name, []).append((form, results[-1]))
+        self.at.ops.append(Op(f"rel.{op.name}", incoming, tuple(results), {}, op.place, rule,
+                              _reads(trial.ops, [contributed[i] for i, _ in targets], incoming), op.result.name))
+
+    def _constant_factor(self, op: Op) -> bool:
+        return sum(v.name in self.carriers for v in values(op.operands)) == 1
+
+    def _joined(self, value: Value, form: Form, eps: Attr = STABILISER) -> Value:
+        """All contributions to a value as one, in the form asked for. The sum is remembered in its own form.
+
+        Contributions of both forms are joined as relevance, and divided by the value once.
+        """
+        parts = self.contributions[value.name]
+        relevances, multipliers = ([v for own, v in parts if own == f] for f in ("R", "M"))
+        if relevances and multipliers:
+            relevances.append(self._convert(self._sum(multipliers, "M", value), value, "R", eps))
+        own: Form = "R" if relevances else "M"
+        joined = self._sum(relevances or multipliers, own, value)
+        self.contributions[value.name] = [(own, joined)]
+        return joined if own == form else self._convert(joined, value, form, eps)
+
+    def _sum(self, parts: Sequence[Value], form: Form, value: Value) -> Value:
+        if len(parts) == 1:
+            return parts[0]
+        result = Value(self.at.name(f"{form}.{value.name}"), seeded(value.type))
+        self.at.ops.append(Op("rel.sum", tuple(parts), (result,), {}, self._place(value), of=value.name))
+        return result
+
+    def _convert(self, part: Value, value: Value, form: Form, eps: Attr) -> Value:
+        result = Value(self.at.name(f"{form}.{value.name}"), seeded(value.type))
+        name, rule = ("rel.to_multiplier", Rule("epsilon", (("eps", eps),))) if form == "M" else (
+            "rel.to_relevance", None)
+        if form == "M":
+            self.facts.stabilised.add(result.name)
+        self.at.ops.append(Op(name, (part,), (result,), {}, self._place(value), rule, (value,), value.name))
+        return result
+
+    def _place(self, value: Value) -> str:
+        op = self._definitions.get(value.name)
+        return op.place if op is not None else ""
+
+    @property
+    def _definitions(self) -> dict[str, Op]:
+        if not hasattr(self, "_found"):
+            self._found = self.graph.forward.definitions()
+        return self._found
+
+    def _at_input(self, param: Value) -> Value:
+        if param.name in self.contributions:
+            return self._joined(param, "R")
+        kind = seeded(param.type)
+        return self.at.op("full", result=f"R.{param.name}", shape=kind.shape, value=0.0, dtype="f32")[0]
+
+
+def _reads(trial: Sequence[Op], wanted: Sequence[Value | None], incoming: Sequence[Value | None]
+           ) -> tuple[Value | Weight, ...]:
+    """The forward values and weights that an expansion reads on the way to what is wanted."""
+    kept = live(trial, [v for v in wanted if v is not None])
+    own = {r.name for op in kept for r in op.results} | {v.name for v in incoming if v is not None}
+    found = {str(o): o for op in kept for o in op.operands
+             if isinstance(o, Weight) or (isinstance(o, Value) and o.name not in own)}
+    found |= {str(v): v for v in wanted if v is not None and v.name not in own}
+    return tuple(found.values())
+
+
+def _names(graph: Graph, attr: str) -> tuple[str, ...]:
+    found = graph.attrs.get(attr)
+    if isinstance(found, tuple):
+        return tuple(str(name) for name in found)
+    return tuple(v.name for v in (graph.forward.results if attr == "outputs" else graph.forward.params))
+
+

@@ -1,0 +1,35 @@
+"""The order of the canonicalising passes: from the graph as exported (level 0) to field-level ops (level 1)."""
+
+from __future__ import annotations
+
+from dlbc.passes import Pass
+from dlbc.passes.canonicalise import Canonicalise
+from dlbc.passes.eliminate_common import EliminateCommon
+from dlbc.passes.eliminate_dead import EliminateDead
+from dlbc.passes.fold_batch_norm import FoldBatchNorm
+from dlbc.passes.fold_masks import FoldMasks
+from dlbc.passes.hoist_constants import HoistConstants
+from dlbc.passes.raise_activations import RaiseActivations
+from dlbc.passes.raise_attention import RaiseAttention
+from dlbc.passes.raise_gated import RaiseGated
+from dlbc.passes.raise_norms import RaiseNorms
+from dlbc.passes.raise_rotary import RaiseRotary
+
+CANONICALISE: tuple[Pass, ...] = (
+    EliminateDead(),
+    Canonicalise(),
+    HoistConstants(),  # weights alone: `1 + weight` is a weight to the passes below
+    EliminateCommon(),  # equal values are one value to the patterns below
+    Canonicalise(),
+    FoldBatchNorm(),
+    RaiseNorms(),
+    RaiseActivations(),
+    RaiseRotary(),
+    RaiseAttention(),
+    FoldMasks(),  # after attention is raised: eager masks are additive, those of sdpa boolean
+    RaiseGated(),  # after activations: silu may have been x * sigmoid(x)
+    HoistConstants(),
+    Canonicalise(),
+    EliminateCommon(),
+    EliminateDead(),
+)

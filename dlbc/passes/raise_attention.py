@@ -1,0 +1,195 @@
+"""Attention written as matrix products and a softmax becomes `attention`; repeated key and value heads go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dlbc.errors import IRError
+from dlbc.ir.builder import Builder
+from dlbc.ir.core import Graph, Op, Operand, Type, Value
+from dlbc.ir.dims import Dim
+from dlbc.ir.ops import attr, axis, broadcast
+from dlbc.passes import Pass, register
+from dlbc.passes.carriers import carriers
+from dlbc.passes.match import Dataflow, as_type, build, last, orders, replace_ops, type_of
+
+MASKED = -1e4
+"""A number added to a score hides the key from here on downwards: its weight is 0 even in float64."""
+
+
+@register
+@dataclass(frozen=True)
+class RaiseAttention(Pass):
+    """`matmul(softmax(softcap(q k^T scale) + mask), v)` over four axes [B, heads, T, D] is `attention`.
+
+    Scores may be multiplied or divided by the scale, capped by tanh, masked by adding (transformers, T5's
+    position bias) or by `where` with -inf or a very negative number; casts around the softmax go. A mask
+    must not carry relevance. k and v repeated for groups of query heads (expand and reshape) are read
+    unrepeated, in front of an `attention` too. What has no head axis stays as it is.
+
+    A row that sees no key is 0 in `attention`. Eager code that adds a very negative number gives the
+    mean of all values there, and -inf gives NaN: numbers that models throw away (rows of padding).
+    """
+
+    name: ClassVar[str] = "raise_attention"
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph with attention raised."""
+        carrying = carriers(graph)
+
+        def step(op: Op, flow: Dataflow, at: Builder) -> Operand:
+            if op.name == "matmul" and op.result.type.rank == 4:
+                return _eager(op, flow, at, carrying)
+            return _grouped(op, flow, at) if op.name == "attention" else None
+
+        return replace_ops(graph, step)
+
+
+@dataclass
+class _Scores:
+    """What a softmax is taken of: `softcap(q k^T scale)` plus biases, where the conditions hold."""
+
+    q: Operand
+    k: Operand
+    scale: float = 1.0
+    softcap: float | None = None
+    biases: list[Operand] = field(default_factory=list)
+    keep: list[Operand] = field(default_factory=list)
+    drop: list[Operand] = field(default_factory=list)
+
+
+def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
+    weights, v = op.operands
+    softmax = flow.op(flow.uncast(weights), "softmax")
+    if softmax is None or not last(softmax.result, attr(softmax, "dim")):
+        return None
+    scores = _scores(softmax.operands[0], flow, at, softmax.result.type.shape)
+    if scores is None or any(isinstance(m, Value) and m.name in carrying for m in scores.biases):
+        return None
+    q, k = flow.uncast(scores.q), flow.uncast(scores.k)
+    if type_of(q).dtype != type_of(v).dtype or type_of(k).dtype != type_of(v).dtype:
+        q, k = scores.q, scores.k
+    grouped = _without_repeats(k, v, flow, at)
+    k, v = grouped if grouped is not None else (k, v)
+    if not _heads_fit(type_of(q), type_of(k), type_of(v)):
+        return None
+    mask = _mask(scores, at)
+    return as_type(at, at.attention(q, k, v, mask, scale=scores.scale, softcap=scores.softcap), op.result.type)
+
+
+def _heads_fit(q: Type, k: Type, v: Type) -> bool:
+    """True for q [B,H,T,D], k and v [B,G,U,D] with H a multiple of G."""
+    if not q.rank == k.rank == v.rank == 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
+        return False
+    heads, groups = q.shape[1], k.shape[1]
+    if groups != v.shape[1] or k.shape[2] != v.shape[2]:
+        return False
+    return heads == groups or (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0)
+
+
+def _scores(x: Operand, flow: Dataflow, at: Builder, shape: tuple[Dim, ...]) -> _Scores | None:
+    """Masks first, from the outside in; then the capped, scaled product."""
+    x = flow.uncast(x)
+    if type_of(x).shape != shape:
+        return None
+    op = flow.op(x, "add", "sub", "where")
+    if op is None:
+        return _product(x, flow, at)
+    if op.name == "where":
+        for branch, other, conditions in ((1, 2, "keep"), (2, 1, "drop")):
+            number = flow.number(op.operands[other])
+            found = _scores(op.operands[branch], flow, at, shape) if number is not None and number <= MASKED else None
+            if found is not None:
+                getattr(found, conditions).append(op.operands[0])
+                return found
+        return None
+    for inner, bias in orders(op) if op.name == "add" else (op.operands,):
+        found = _scores(inner, flow, at, shape)
+        if found is not None:
+            found.biases.append(bias if op.name == "add" else at.neg(bias))
+            return found
+    return None
+
+
+def _product(x: Operand, flow: Dataflow, at: Builder) -> _Scores | None:
+    """`q k^T scale`, or `cap * tanh(q k^T scale / cap)`."""
+    scale, parts = flow.factors(x)
+    inner = flow.op(flow.uncast(parts[0]), "matmul", "tanh") if len(parts) == 1 else None
+    softcap = None
+    if inner is not None and inner.name == "tanh":
+        softcap = scale
+        scale, parts = flow.factors(inner.operands[0])
+        scale *= softcap
+        inner = flow.op(flow.uncast(parts[0]), "matmul") if len(parts) == 1 and softcap > 0 else None
+    if inner is None or inner.result.type.rank != 4:
+        return None
+    q, transposed = inner.operands
+    return _Scores(q, _transposed(transposed, flow, at), scale, softcap)
+
+
+def _transposed(x: Operand, flow: Dataflow, at: Builder) -> Operand:
+    """The last two axes of x swapped (back, where x is a permute)."""
+    rank = type_of(x).rank
+    dims = (*range(rank - 2), rank - 1, rank - 2)
+    inner = flow.op(x, "permute")
+    if inner is not None:
+        before = inner.attrs["dims"]
+        assert isinstance(before, tuple)
+        order = [axis(rank, d) for d in before if isinstance(d, int)]
+        x, dims = inner.operands[0], tuple(order[d] for d in dims)
+    return x if dims == tuple(range(rank)) else at.permute(x, dims=dims)
+
+
+def _mask(scores: _Scores, at: Builder) -> Operand:
+    """One mask out of biases and conditions: boolean where there are only conditions."""
+    keep: Value | None = None
+    for condition in (*reversed(scores.keep), *(at.logical_not(c) for c in reversed(scores.drop))):
+        keep = condition if keep is None else at.logical_and(keep, condition)  # type: ignore[assignment]
+    bias: Operand = None
+    for other in reversed(scores.biases):
+        bias = other if bias is None else at.add(bias, other)
+    if keep is None or bias is None:
+        return bias if keep is None else keep
+    return at.where(keep, bias, float("-inf"))
+
+
+# --- grouped heads -----------------------------------------------------------------------------------
+
+def _grouped(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    q, k, v, *mask = op.operands
+    found = _without_repeats(k, v, flow, at)
+    if found is None or not _heads_fit(type_of(q), type_of(found[0]), type_of(found[1])):
+        return None
+    return build(at, op.name, q, *found, *mask, attrs=op.attrs)
+
+
+def _without_repeats(k: Operand, v: Operand, flow: Dataflow, at: Builder) -> tuple[Operand, Operand] | None:
+    """k and v before their heads were repeated, if both were, alike."""
+    sources = (_repeated(k, flow), _repeated(v, flow))
+    if sources[0] is None or sources[1] is None or type_of(sources[0]).shape[1] != type_of(sources[1]).shape[1]:
+        return None
+    first, second = (at.reshape(s, shape=(*type_of(s).shape[:2], *type_of(s).shape[3:])) for s in sources)
+    return first, second
+
+
+def _repeated(x: Operand, flow: Dataflow) -> Operand:
+    """[B,G,1,U,D] where x is [B,G*n,U,D], each of its heads n times in a row."""
+    joined = flow.op(x, "reshape")
+    repeated = flow.op(joined.operands[0], "expand") if joined is not None else None
+    if joined is None or repeated is None or repeated.result.type.rank != 5 or type_of(repeated.operands[0]).rank != 5:
+        return None
+    batch, groups, count, *rest = repeated.result.type.shape
+    source = type_of(repeated.operands[0]).shape
+    if source != (batch, groups, 1, *rest) or joined.result.type.shape != (batch, groups * count, *rest):
+        return None
+    return repeated.operands[0]
+
+
+def fits_scores(mask: Operand, q: Operand, k: Operand) -> bool:
+    """True for a mask that broadcasts to [B,H,T,U]."""
+    shape = (*type_of(q).shape[:3], type_of(k).shape[2])
+    try:
+        return broadcast(type_of(mask).shape, shape) == shape
+    except IRError:
+        return False

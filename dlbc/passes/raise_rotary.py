@@ -1,0 +1,155 @@
+"""Rotary position embedding written as arithmetic becomes `rotary`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dlbc.ir.builder import Builder
+from dlbc.ir.core import Graph, Op, Operand, Value
+from dlbc.ir.dims import Dim
+from dlbc.ir.ops import attr, axis
+from dlbc.passes import Pass, register
+from dlbc.passes.carriers import carriers
+from dlbc.passes.match import Dataflow, last, orders, replace_ops, type_of
+
+
+@register
+@dataclass(frozen=True)
+class RaiseRotary(Pass):
+    """`x * cos + rotate(x) * sin` is `rotary(x, cos, sin)`; rotate is (-x2, x1) of halves, or of pairs.
+
+    Also written out by halves, `cat(x1 cos - x2 sin, x2 cos + x1 sin)`, or by pairs (GPT-J). A partial
+    rotary is the same on a slice of the head. cos and sin must not carry relevance.
+    """
+
+    name: ClassVar[str] = "raise_rotary"
+
+    def run(self, graph: Graph) -> Graph:
+        """The graph with rotary embeddings raised."""
+        carrying = carriers(graph)
+
+        def step(op: Op, flow: Dataflow, at: Builder) -> Operand:
+            if op.name == "add":
+                return _turned(op, flow, at, carrying)
+            if op.name in ("cat", "reshape"):
+                return _by_parts(op, flow, at, carrying)
+            return None
+
+        return replace_ops(graph, step)
+
+
+def _turned(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
+    """x * cos + rotate(x) * sin."""
+    for left, right in orders(op):
+        plain, turned = flow.op(left, "mul"), flow.op(right, "mul")
+        if plain is None or turned is None:
+            continue
+        for rotated, sin in orders(turned):
+            found = _rotated(rotated, flow)
+            if found is None or _carries(sin, carrying):
+                continue
+            x, interleaved = found
+            for own, cos in orders(plain):
+                if own == x and not _carries(cos, carrying) and type_of(cos).rank and type_of(sin).rank:
+                    return at.rotary(x, cos, sin, interleaved=interleaved)
+    return None
+
+
+def _carries(operand: Operand, carrying: set[str]) -> bool:
+    return isinstance(operand, Value) and operand.name in carrying
+
+
+def _rotated(operand: Operand, flow: Dataflow) -> tuple[Operand, bool] | None:
+    """`(x, interleaved)` where the operand is rotate(x)."""
+    parts = _joined(operand, flow)
+    if parts is None:
+        return None
+    (first, second), interleaved = parts
+    negative = flow.op(first, "neg")
+    if negative is None:
+        return None
+    return _whole(second, negative.operands[0], interleaved, flow)
+
+
+def _joined(operand: Operand, flow: Dataflow) -> tuple[tuple[Operand, Operand], bool] | None:
+    """The two parts of the last axis that are laid side by side, or (interleaved) in turns."""
+    op = flow.op(operand, "cat", "reshape")
+    if op is None:
+        return None
+    if op.name == "cat":
+        whole = len(op.operands) == 2 and last(operand, attr(op, "dim"))
+        return ((op.operands[0], op.operands[1]), False) if whole else None
+    stacked = flow.op(op.operands[0], "cat")
+    if stacked is None or len(stacked.operands) != 2 or not last(stacked.result, attr(stacked, "dim")):
+        return None
+    first, second = (flow.op(part, "reshape") for part in stacked.operands)
+    if first is None or second is None:
+        return None
+    a, b, half = first.operands[0], second.operands[0], type_of(first.operands[0]).shape
+    if not half or first.result.type.shape != (*half, 1) or type_of(b).shape != half:
+        return None
+    return ((a, b), True) if type_of(operand).shape == (*half[:-1], half[-1] * 2) else None
+
+
+def _whole(first: Operand, second: Operand, interleaved: bool, flow: Dataflow) -> tuple[Operand, bool] | None:
+    """The value that the two parts of the last axis come from."""
+    a, b = flow.op(first, "slice"), flow.op(second, "slice")
+    if a is None or b is None or a.operands[0] != b.operands[0]:
+        return None
+    x = a.operands[0]
+    size = type_of(x).shape[-1]
+    if not isinstance(size, int) or size % 2 or not all(last(x, attr(part, "dim")) for part in (a, b)):
+        return None
+    half = size // 2
+    if interleaved:
+        pairs = all(attr(part, "step") == 2 and _parity(part, size) == n for n, part in enumerate((a, b)))
+        return (x, True) if pairs else None
+    bounds = [(attr(part, "start"), attr(part, "stop"), attr(part, "step")) for part in (a, b)]
+    return (x, False) if bounds == [(0, half, 1), (half, size, 1)] else None
+
+
+def _parity(part: Op, size: int) -> Dim | None:
+    start, stop = attr(part, "start"), attr(part, "stop")
+    return start if isinstance(start, int) and isinstance(stop, int) and stop >= size - 1 + start % 2 else None
+
+
+def _by_parts(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
+    """(x1 cos - x2 sin, x2 cos + x1 sin), laid side by side or in turns, with cos and sin of half the size."""
+    parts = _joined(op.result, flow)
+    if parts is None:
+        return None
+    (low, high), interleaved = parts
+    difference, total = flow.op(low, "sub"), flow.op(high, "add")
+    if difference is None or total is None:
+        return None
+    for x1, cos in _products(difference.operands[0], flow):
+        for x2, sin in _products(difference.operands[1], flow):
+            found = _whole(x1, x2, interleaved, flow)
+            if found is None or _carries(cos, carrying) or _carries(sin, carrying):
+                continue
+            wanted = [{x2, cos}, {x1, sin}]
+            if any([set(p) for p in pair] == wanted for pair in _sums(total, flow)):
+                return at.rotary(found[0], _doubled(at, cos, interleaved), _doubled(at, sin, interleaved),
+                                 interleaved=interleaved)
+    return None
+
+
+def _products(operand: Operand, flow: Dataflow) -> list[tuple[Operand, Operand]]:
+    product = flow.op(operand, "mul")
+    return list(orders(product)) if product is not None else []
+
+
+def _sums(total: Op, flow: Dataflow) -> list[tuple[tuple[Operand, ...], ...]]:
+    products = [flow.op(o, "mul") for o in total.operands]
+    operands = [p.operands for p in products if p is not None]
+    return [tuple(operands), tuple(reversed(operands))] if len(operands) == 2 else []
+
+
+def _doubled(at: Builder, half: Operand, interleaved: bool) -> Value:
+    """cos or sin for the whole head from that for half of it."""
+    shape = type_of(half).shape
+    if not interleaved:
+        return at.cat(half, half, dim=axis(len(shape), -1))
+    twice = at.expand(at.reshape(half, shape=(*shape, 1)), shape=(*shape, 2))
+    return at.reshape(twice, shape=(*shape[:-1], shape[-1] * 2))

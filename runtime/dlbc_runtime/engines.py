@@ -1,0 +1,108 @@
+"""How arrays are handled beside the generated code: by torch tensors or numpy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from dlbc_runtime.arrays import Array, as_numpy
+from dlbc_runtime.errors import InputError
+
+
+class Engine(Protocol):
+    """What an explainer asks of its array library."""
+
+    def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs as this library's arrays; InputError for another device or for NaN."""
+
+    def array(self, value: Array) -> Any:
+        """A numpy array as this library's, on the explainer's device."""
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """The context that generated code runs in."""
+
+    def version(self, weight: Any) -> object:
+        """Something that changes when the numbers of a weight change."""
+
+
+class NumpyEngine:
+    """Arrays are numpy's."""
+
+    def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs as numpy arrays."""
+        found = {name: as_numpy(value).copy() for name, value in given.items()}  # it stays what it was
+        for name, value in found.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise _not_finite(name)
+        return found
+
+    def array(self, value: Array) -> Array:
+        """The array itself."""
+        return value
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Floating-point warnings are off: safe divisions divide by zero on purpose."""
+        with np.errstate(all="ignore"):
+            yield
+
+    def version(self, weight: Any) -> object:
+        """Weights of a numpy explainer are its own, and never change."""
+        return id(weight)
+
+
+class TorchEngine:
+    """Tensors are torch's, on the device of the model's weights."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        import torch
+
+        self.torch = torch
+        first = next(iter(weights.values()), None)
+        self.device = first.device if first is not None else torch.device("cpu")
+
+    def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs as tensors."""
+        found = {}
+        for name, value in given.items():
+            tensor = self.torch.as_tensor(value)
+            if tensor.device != self.device and tensor.dim():
+                raise InputError(f"input `{name}` is on {tensor.device}, the model on {self.device}",
+                                 hint=f'move it with `.to("{self.device}")`')
+            if tensor.is_floating_point() and not bool(self.torch.isfinite(tensor).all()):
+                raise _not_finite(name)
+            found[name] = tensor.detach().clone()  # what is explained stays what it was
+        return found
+
+    def array(self, value: Array) -> Any:
+        """The array as a tensor on the model's device."""
+        return self.torch.from_numpy(np.ascontiguousarray(value)).to(self.device)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """No gradients are recorded; out of memory says what to lower."""
+        try:
+            with self.torch.no_grad():
+                yield
+        except (MemoryError, RuntimeError) as problem:
+            if isinstance(problem, MemoryError) or "memory" in str(problem).lower():
+                raise InputError(f"out of memory on {self.device}: {str(problem).splitlines()[0]}",
+                                 hint="lower the batch size, the sequence length or the number of targets per call"
+                                 ) from problem
+            raise
+
+    def version(self, weight: Any) -> object:
+        """Storage address and torch's own counter of in-place changes."""
+        return (weight.data_ptr(), None if weight.is_inference() else weight._version)
+
+
+def _not_finite(name: str) -> InputError:
+    return InputError(f"input `{name}` holds NaN or infinity", hint="an explanation of it would mean nothing; clean it first")
+
+
+def engine(backend: str, weights: Mapping[str, Any]) -> Engine:
+    """The engine for a backend's arrays."""
+    return NumpyEngine() if backend == "numpy" else TorchEngine(weights)

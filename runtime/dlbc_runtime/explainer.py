@@ -1,0 +1,305 @@
+"""The explainer: runs a compiled model and carries relevance from an output back to its inputs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dlbc_runtime.arrays import Array, Arrays, as_numpy
+from dlbc_runtime.engines import Engine, engine
+from dlbc_runtime.errors import ArtifactError, InputError
+from dlbc_runtime.explained import Explained, Method
+from dlbc_runtime.explanation import Explanation
+from dlbc_runtime.ledger import Ledger, LedgerRow
+from dlbc_runtime.program import Manifest, Program, RuleRow, Variant
+from dlbc_runtime.signature import SizeError
+from dlbc_runtime.target import Target, as_targets
+
+if TYPE_CHECKING:
+    import networkx
+
+log = logging.getLogger(__name__)
+
+Build = Callable[[Variant], Program]
+Recompile = Callable[[tuple[Any, ...], Mapping[str, Any]], "Explainer"]
+Draw = Callable[[str], "networkx.MultiDiGraph"]
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """A program's module, its prepared values, and the weights' state they were made for."""
+
+    program: Program
+    module: Any
+    prepared: tuple[object, Any] = (None, ())
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Explainer:
+    """Compiled code that explains one model. Immutable to its users, reentrant and thread-safe.
+
+    It holds references to the model's weights, sees later in-place changes of their values, and never
+    changes the model.
+    """
+
+    def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *, default: Variant | None = None,
+                 build: Build | None = None, recompile: Recompile | None = None, draw: Draw | None = None) -> None:
+        self._programs = dict(programs)
+        self._default = default or next(iter(self._programs))
+        self._weights = dict(weights)
+        self._build, self._recompile, self._draw = build, recompile, draw
+        self._engine: Engine = engine(self.manifest.backend, self._weights)
+        self._loaded: dict[Variant, _Loaded] = {}
+        self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    # What it is
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is known about the default program: model, rules, inputs, outputs, weights, versions."""
+        return self._programs[self._default].manifest
+
+    @property
+    def programs(self) -> Mapping[Variant, Program]:
+        """The programs compiled so far, by variant."""
+        return dict(self._programs)
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """The model's tensors that the programs read, by name. References, not copies."""
+        return dict(self._weights)
+
+    @property
+    def source(self) -> str:
+        """The generated module."""
+        return self._programs[self._default].source
+
+    def ir(self, level: str = "paired") -> str:
+        """The IR text of a level: `exported`, `canonical`, `paired`, `lowered`. InputError for other names."""
+        levels = self._programs[self._default].ir
+        if level not in levels:
+            raise InputError(f"there is no IR level `{level}`", hint=f"levels: {', '.join(levels)}")
+        return levels[level]
+
+    def graph(self, level: str = "paired") -> networkx.MultiDiGraph:
+        """The graph of a level for networkx: a node for each op, an edge for each value that one reads of another."""
+        if self._draw is None:
+            raise ArtifactError("this explainer was loaded without the compiler, which reads its IR",
+                                hint="use dlbc.load, or read the text with explainer.ir()")
+        return self._draw(self.ir(level))
+
+    def rules(self) -> tuple[RuleRow, ...]:
+        """Which rule explains which place, from the output back."""
+        return self.manifest.rules
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"Explainer({m.model}{m.inputs}, rules={m.composite!r}, backend={m.backend!r})"
+
+    # What it does
+
+    def __call__(self, *args: Any, target: object = None, keep: str | None = None, multiplier: float = 100.0,
+                 output: str | None = None, positions: str = "explained", **kwargs: Any) -> Explanation:
+        """Explain the outputs for these inputs, given as to the model.
+
+        `target`: None (what was predicted), an int, a `Target`, or a list of them (one explanation each from
+        one forward pass). `keep`: also return relevance and activations of inner places: "modules", "all" or
+        a module-path glob. `multiplier` is the total relevance put on the output: with 100, read it as percent.
+        `output`: the name of the output to explain, where there are several. `positions="all"`: a language
+        model returns its logits at all positions, not only at the explained one.
+
+        InputError when inputs, target or options do not fit; nothing has been computed by then.
+        """
+        if not math.isfinite(multiplier) or multiplier == 0:
+            raise InputError(f"multiplier is {multiplier}", hint="give a number that is finite and not 0")
+        if positions not in ("explained", "all"):
+            raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
+        try:
+            given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
+        except SizeError:
+            other = self._for_these_sizes(args, kwargs)
+            if other is None:
+                raise
+            return other(*args, target=target, keep=keep, multiplier=multiplier, output=output, positions=positions,
+                         **kwargs)
+        targets, many = as_targets(target)
+        variant = replace(self._default, keep=keep or self._default.keep, output=output or self._default.output,
+                          all_positions=positions == "all" or self._default.all_positions)
+        return _Call(self, variant, given, targets, many, multiplier).run()
+
+    def with_options(self, **options: Any) -> Explainer:
+        """The same explainer with another default: `keep`, `output`, `all_positions`."""
+        variant = replace(self._default, **options)
+        self._load(variant)
+        return Explainer(self._programs, self._weights, default=variant, build=self._build,
+                         recompile=self._recompile, draw=self._draw)
+
+    def _load(self, variant: Variant) -> _Loaded:
+        with self._lock:
+            if variant not in self._loaded:
+                if variant not in self._programs:
+                    if self._build is None:
+                        raise ArtifactError(
+                            f"the artifact holds no program for {variant.name}",
+                            hint="load it with dlbc.load, which can compile one, or save an explainer that has it")
+                    self._programs[variant] = self._build(variant)
+                program = self._programs[variant]
+                self._loaded[variant] = _Loaded(program, program.module())
+            return self._loaded[variant]
+
+    def _prepared(self, loaded: _Loaded) -> Any:
+        """Values computed from weights alone, made anew when one of those weights has changed."""
+        state = tuple(self._engine.version(self._weights[n]) for n in loaded.program.manifest.prepared_from)
+        with loaded.lock:
+            if loaded.prepared[0] != state:
+                loaded.prepared = (state, loaded.module.prepare(self._weights))
+            return loaded.prepared[1]
+
+    def _for_these_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explainer | None:
+        """Another explainer of the same model for sizes that this one was not captured for."""
+        if self._recompile is None or not self.manifest.static:
+            return None
+        tensors = [v for v in (*args, *kwargs.values()) if hasattr(v, "shape")]
+        key = tuple(tuple(int(size) for size in v.shape) for v in tensors)
+        if key not in self._resized:
+            log.info("compiling again for sizes %s: %s", key, "; ".join(self.manifest.static.values()))
+            self._resized[key] = self._recompile(args, kwargs)
+        return self._resized[key]
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
+
+    def save(self, path: str, *, weights: bool = False) -> None:
+        """Write this explainer as one zip file: manifest, IR, source; `weights=True` includes the numbers."""
+        from dlbc_runtime.artifact import save
+
+        save(self, path, weights=weights)
+
+
+@dataclass
+class _Call:
+    """One call of an explainer."""
+
+    explainer: Explainer
+    variant: Variant
+    inputs: dict[str, Any]
+    targets: tuple[Target, ...]
+    many: bool
+    multiplier: float
+
+    def run(self) -> Explanation:
+        explainer, engine = self.explainer, self.explainer._engine
+        loaded = explainer._load(self.variant)
+        manifest = loaded.program.manifest
+        with engine.running():
+            prepared = explainer._prepared(loaded)
+            started = time.perf_counter()
+            arguments, columns = self._with_positions(manifest)
+            results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
+            outputs = dict(zip(manifest.outputs.names, results, strict=False))
+            seeds, explained = self._seeds(manifest, as_numpy(outputs[manifest.output]), columns)
+            forwarded = time.perf_counter()
+            relevance = loaded.module.relevance(explainer._weights, prepared, state, engine.array(seeds))
+            finished = time.perf_counter()
+        if manifest.before:
+            explainer._say_once(f"`{manifest.output}` ends in {manifest.before}: the value before it is explained")
+        count = len(manifest.explained) + len(manifest.nodes)
+        named = dict(zip((*manifest.explained, *manifest.nodes), relevance[:count], strict=True))
+        single = {name: value if self.many else value[0] for name, value in named.items()}
+        activations = dict(zip(manifest.nodes, results[len(manifest.outputs.names):], strict=False))
+        return Explanation(
+            outputs=Arrays(outputs), relevance=Arrays({n: single[n] for n in manifest.explained}),
+            inputs=Arrays(self.inputs), target=explained,
+            nodes=Arrays({n: single[n] for n in manifest.nodes}), activations=Arrays(activations),
+            rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
+            method=Method(manifest.model, manifest.backend, self.multiplier,
+                          {"forward": forwarded - started, "relevance": finished - forwarded}, manifest.versions))
+
+    def ledger(self) -> Ledger:
+        """Run the same call again with the ledger kept."""
+        explainer, engine = self.explainer, self.explainer._engine
+        loaded = explainer._load(replace(self.variant, keep="inputs", ledger=True))
+        manifest = loaded.program.manifest
+        with engine.running():
+            prepared = explainer._prepared(loaded)
+            arguments, columns = self._with_positions(manifest)
+            results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
+            output = as_numpy(dict(zip(manifest.outputs.names, results, strict=False))[manifest.output])
+            seeds, _ = self._seeds(manifest, output, columns)
+            relevance = [as_numpy(r) for r in loaded.module.relevance(
+                explainer._weights, prepared, state, engine.array(seeds))]
+        totals = [float(value.astype(np.float64).sum()) for value in relevance]
+        count = len(manifest.explained)
+        return ledger_of(manifest.ledger, totals[count:], float(seeds.astype(np.float64).sum()),
+                         dict(zip(manifest.explained, totals, strict=False)))
+
+    def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
+        """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
+        arguments = list(self.inputs.values())
+        if not manifest.sequence:
+            return arguments, None
+        length, last = self._last(manifest.sequence)
+        columns = np.stack([target.positions(last, length) for target in self.targets])
+        if self.variant.all_positions:
+            return arguments, columns
+        unique, _ = _columns(columns)
+        return [*arguments, self.explainer._engine.array(unique)], columns
+
+    def _last(self, sequence: str) -> tuple[int, Array]:
+        """The sequence length, and the last position of each row that is no padding."""
+        batch, length = self.inputs[sequence].shape[:2]
+        mask = next((as_numpy(v) for n, v in self.inputs.items()
+                     if "attention_mask" in n and tuple(v.shape) == (batch, length)), None)
+        if mask is None:
+            return length, np.full(batch, length - 1, np.int64)
+        visible = mask != 0
+        return length, (length - 1 - visible[:, ::-1].argmax(1)).astype(np.int64)
+
+    def _seeds(self, manifest: Manifest, output: Array, columns: Array | None
+               ) -> tuple[Array, tuple[Explained, ...]]:
+        """Seeds [S, *output] times the multiplier, and what each means."""
+        seeds = np.zeros((len(self.targets), *output.shape), np.float32)
+        explained: list[Explained] = []
+        rows = np.arange(output.shape[0])
+        places = columns if self.variant.all_positions or columns is None else _columns(columns)[1]
+        for number, target in enumerate(self.targets):
+            if places is None or columns is None or target.kind == "tensor":
+                seeds[number], meaning = target.seed(output, manifest.output, None, number, logits=True)
+            else:
+                chosen, meaning = target.seed(output[rows, places[number]], manifest.output, columns[number], number,
+                                              logits=True)
+                seeds[number][rows, places[number]] = chosen
+            explained += meaning
+        return seeds * np.float32(self.multiplier), tuple(explained)
+
+
+def _columns(columns: Array) -> tuple[Array, Array]:
+    """Positions [targets, B] as the distinct columns [B, P] to compute, and each target's column of each row."""
+    unique, inverse = np.unique(columns, axis=0, return_inverse=True)
+    places = np.broadcast_to(inverse.reshape(-1, 1), columns.shape)
+    return np.ascontiguousarray(unique.T), places
+
+
+def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], seed: float, inputs: Mapping[str, float]
+              ) -> Ledger:
+    """The ledger from the sums that a program returned, named (place, op, value, side or cause, rule)."""
+    rows: list[LedgerRow] = []
+    by_op: dict[tuple[str, ...], dict[str, float]] = {}
+    for (place, op, value, side, rule), total in zip(entries, totals, strict=True):
+        amounts = by_op.setdefault((place, op, value, rule), {})
+        amounts[side] = amounts.get(side, 0.0) + total
+    for (place, op, _, rule), amounts in by_op.items():
+        rows.append(LedgerRow(place, op, amounts.pop("in", math.fsum(amounts.values())), amounts.pop("out", 0.0),
+                              amounts, rule))
+    return Ledger(tuple(rows), seed, inputs)

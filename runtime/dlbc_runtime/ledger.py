@@ -1,0 +1,188 @@
+"""The conservation table: where the relevance of an explanation went, operation by operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from dlbc_runtime.arrays import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One operation: relevance in, relevance passed on to its operands, and what it absorbed, by cause."""
+
+    place: str
+    op: str
+    incoming: float
+    outgoing: float
+    absorbed: Mapping[str, float] = field(default_factory=dict)
+    rule: str = ""
+
+    @property
+    def residual(self) -> float:
+        """What no cause accounts for: in - out - absorbed. Zero up to rounding."""
+        return self.incoming - self.outgoing - math.fsum(self.absorbed.values())
+
+    @property
+    def size(self) -> float:
+        """The largest of the amounts in this row, the scale its rounding is measured on."""
+        return max(abs(self.incoming), abs(self.outgoing), *map(abs, self.absorbed.values()), 0.0)
+
+    def to_dict(self) -> dict[str, Json]:
+        """This row as JSON-able data."""
+        return {"place": self.place, "op": self.op, "rule": self.rule, "in": number_to_json(self.incoming),
+                "out": number_to_json(self.outgoing), "absorbed": _amounts_to_json(self.absorbed)}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """`seed = at inputs + absorbed`, summed over the batch and over all targets.
+
+    `seed` is the relevance that was put on the outputs, `inputs` what arrived at each input, and `rows` the
+    operations in the order relevance passed them.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    seed: float
+    inputs: Mapping[str, float]
+
+    @property
+    def absorbed(self) -> dict[str, float]:
+        """All that was absorbed, by cause, the largest first."""
+        causes = dict.fromkeys(cause for row in self.rows for cause in row.absorbed)
+        totals = {cause: math.fsum(row.absorbed.get(cause, 0.0) for row in self.rows) for cause in causes}
+        return dict(sorted(totals.items(), key=lambda item: -abs(item[1])))
+
+    @property
+    def at_inputs(self) -> float:
+        """Relevance that arrived at the inputs."""
+        return math.fsum(self.inputs.values())
+
+    @property
+    def residual(self) -> float:
+        """What the table does not account for: seed - at inputs - absorbed. Zero up to rounding."""
+        return self.seed - self.at_inputs - math.fsum(self.absorbed.values())
+
+    @property
+    def size(self) -> float:
+        """The scale of the whole table: the seed, or all amounts it became where those are larger."""
+        parts = [*self.inputs.values(), *self.absorbed.values()]
+        return max(abs(self.seed), math.fsum(map(abs, parts)))
+
+    def closes(self, tolerance: float = 1e-4) -> bool:
+        """Whether the totals and every row balance, up to `tolerance` relative to the amounts in play."""
+        balanced = abs(self.residual) <= tolerance * self.size  # False when anything is not a number
+        return balanced and not self.leaks(tolerance)
+
+    def leaks(self, tolerance: float = 1e-4) -> tuple[LedgerRow, ...]:
+        """The operations that do not balance: look here when `closes` says no."""
+        return tuple(row for row in self.rows if not abs(row.residual) <= tolerance * max(row.size, self.size))
+
+    def summary(self) -> str:
+        """One line: the seed and what became of it."""
+        parts = [f"{self.at_inputs:.4g} at the inputs"]
+        parts += [f"{amount:.4g} absorbed by {cause}" for cause, amount in self.absorbed.items()]
+        return f"seed {self.seed:.4g} = {' + '.join(parts)} (residual {self.residual:.1e})"
+
+    def table(self, *, limit: int | None = 40, by: Literal["order", "absorbed"] = "order") -> Table:
+        """A table for the terminal: `limit` operations in order, or those that absorbed most first."""
+        from rich.table import Table
+
+        causes = list(self.absorbed)
+        rows = list(self.rows)
+        if by == "absorbed":
+            rows.sort(key=lambda row: -math.fsum(map(abs, row.absorbed.values())))
+        shown = rows if limit is None else rows[:limit]
+        table = Table(title="conservation of relevance", title_justify="left", title_style="bold",
+                      box=None, pad_edge=False, header_style="dim", footer_style="bold", show_footer=True)
+        table.add_column("place", "total", overflow="fold")
+        table.add_column("operation", overflow="fold")
+        table.add_column("in", _amount(self.seed), justify="right")
+        table.add_column("out", _amount(self.at_inputs), justify="right")
+        for cause in causes:
+            table.add_column(cause, _amount(self.absorbed[cause]), justify="right")
+        table.add_column("residual", _rounding(self.residual, self.size), justify="right")
+        for row in shown:
+            operation = f"{row.op} <{row.rule}>" if row.rule else row.op
+            absorbed = (_amount(row.absorbed[cause]) if cause in row.absorbed else "" for cause in causes)
+            table.add_row(*map(_plain, (row.place, operation, _amount(row.incoming), _amount(row.outgoing),
+                                        *absorbed, _rounding(row.residual, row.size))))
+        if len(shown) < len(rows):
+            table.add_row(f"… {len(rows) - len(shown)} more", style="dim")
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def to_dict(self) -> dict[str, Json]:
+        """The table as JSON-able data; `from_dict` reads it back."""
+        return {"seed": number_to_json(self.seed), "inputs": _amounts_to_json(self.inputs),
+                "rows": [row.to_dict() for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, stored: Json) -> Ledger:
+        """The table that `to_dict` wrote. Raises ValueError when it is not one."""
+        match stored:
+            case {"seed": seed, "inputs": inputs, "rows": list(rows)}:
+                return cls(tuple(map(_row_from_json, rows)), number_from_json(seed), _amounts_from_json(inputs))
+        raise ValueError("a ledger must have seed, inputs and rows")
+
+    @classmethod
+    def of(cls, rows: Iterable[LedgerRow], *, seed: float, inputs: Mapping[str, float]) -> Ledger:
+        """A table of `rows`, given as any iterable."""
+        return cls(tuple(rows), float(seed), {name: float(amount) for name, amount in inputs.items()})
+
+
+def number_to_json(number: float) -> Json:
+    """A float as JSON, which knows no infinity and no NaN: those become text."""
+    return float(number) if math.isfinite(number) else str(float(number))
+
+
+def number_from_json(stored: Json) -> float:
+    """The float that `number_to_json` wrote. Raises ValueError when it is not one."""
+    if isinstance(stored, bool) or not (isinstance(stored, int | float) or stored in ("nan", "inf", "-inf")):
+        raise ValueError(f"{stored!r} is not a number")
+    return float(stored)
+
+
+def _amounts_to_json(amounts: Mapping[str, float]) -> Json:
+    return {name: number_to_json(amount) for name, amount in amounts.items()}
+
+
+def _amounts_from_json(stored: Json) -> dict[str, float]:
+    if not isinstance(stored, dict):
+        raise ValueError("amounts must be an object of numbers")
+    return {name: number_from_json(amount) for name, amount in stored.items()}
+
+
+def _row_from_json(stored: Json) -> LedgerRow:
+    match stored:
+        case {"place": str(place), "op": str(op), "in": incoming, "out": outgoing, "absorbed": absorbed,
+              "rule": str(rule)}:
+            return LedgerRow(place, op, number_from_json(incoming), number_from_json(outgoing),
+                             _amounts_from_json(absorbed), rule)
+    raise ValueError("a ledger row must have place, op, rule, in, out and absorbed")
+
+
+def _amount(number: float) -> str:
+    return f"{number:.4g}"
+
+
+def _rounding(residual: float, size: float) -> str:
+    return "0" if abs(residual) <= 1e-12 * size else f"{residual:.1e}"
+
+
+def _plain(text: str) -> str:
+    """`text` with rich's markup made harmless."""
+    from rich.markup import escape
+
+    return escape(text)

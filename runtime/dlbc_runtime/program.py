@@ -1,0 +1,106 @@
+"""A compiled program: the generated module of one variant of an explanation, and all that is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from dlbc_runtime.module import load_module
+from dlbc_runtime.signature import InputSpec, OutputSpec
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes the programs of one explainer: what is kept besides the inputs, the ledger, the output
+    that is explained, and whether all positions of a sequence output are computed."""
+
+    keep: str = "inputs"
+    ledger: bool = False
+    output: str = ""
+    all_positions: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name for files: `default`, or what differs from it."""
+        parts = [self.keep if self.keep != "inputs" else "", "ledger" if self.ledger else "", self.output,
+                 "all_positions" if self.all_positions else ""]
+        return "-".join(p.replace("*", "_").replace("/", "_") for p in parts if p) or "default"
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor the program reads: its name, element type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """Which rule explains which place: a line of `explainer.rules()`."""
+
+    place: str
+    op: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a program but its code. Plain data: `to_json` and `from_json` are inverse."""
+
+    model: str
+    backend: str
+    composite: str
+    inputs: InputSpec
+    outputs: OutputSpec
+    weights: tuple[WeightSpec, ...]
+    prepared_from: tuple[str, ...]
+    explained: tuple[str, ...]
+    output: str
+    before: str
+    nodes: tuple[str, ...]
+    sequence: str
+    ledger: tuple[tuple[str, ...], ...]
+    rules: tuple[RuleRow, ...]
+    static: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            **{name: getattr(self, name) for name in ("model", "backend", "composite", "output", "before", "sequence")},
+            "inputs": self.inputs.to_json(), "outputs": self.outputs.to_json(),
+            "weights": [[w.name, w.dtype, list(w.shape)] for w in self.weights],
+            "prepared_from": list(self.prepared_from), "explained": list(self.explained), "nodes": list(self.nodes),
+            "ledger": [list(entry) for entry in self.ledger],
+            "rules": [[r.place, r.op, r.rule] for r in self.rules],
+            "static": dict(self.static), "versions": dict(self.versions)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Manifest:
+        """Read what `to_json` wrote. KeyError, TypeError or ValueError when it is something else."""
+        return Manifest(
+            model=str(data["model"]), backend=str(data["backend"]), composite=str(data["composite"]),
+            inputs=InputSpec.from_json(data["inputs"]), outputs=OutputSpec.from_json(data["outputs"]),
+            weights=tuple(WeightSpec(str(n), str(d), tuple(int(i) for i in s)) for n, d, s in data["weights"]),
+            prepared_from=tuple(data["prepared_from"]), explained=tuple(data["explained"]),
+            output=str(data["output"]), before=str(data["before"]), nodes=tuple(data["nodes"]),
+            sequence=str(data["sequence"]), ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
+            rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
+            static=dict(data["static"]), versions=dict(data["versions"]))
+
+
+@dataclass(frozen=True)
+class Program:
+    """One variant: manifest, generated source, and the IR text by level (`canonical`, `paired`, ...)."""
+
+    manifest: Manifest
+    source: str
+    ir: Mapping[str, str] = field(default_factory=dict)
+
+    def module(self) -> ModuleType:
+        """The generated module, loaded."""
+        return load_module(self.source, self.manifest.model)

@@ -1,0 +1,1 @@
+"""How an explanation looks: on the terminal, as an HTML page, as a picture. Imported only when asked for."""

@@ -1,0 +1,58 @@
+"""What every test runs under: one thread, all verification on, no network, its own cache."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before anything imports torch or numpy, and inherited by every process a test starts.
+os.environ.update({
+    "DLBC_DEBUG": "1",  # verify the IR after every pass
+    "OMP_NUM_THREADS": "1",  # torch and MKL; the tests themselves run side by side
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MPLBACKEND": "agg",
+})
+
+# `derandomize` makes a failure on a build machine the same failure everywhere.
+settings.register_profile("dlbc", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+settings.load_profile("dlbc")
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fixtures that live longer than a test compile into a cache of this session, never the user's."""
+    os.environ["DLBC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(_cache_of_session: None) -> Iterator[Path]:
+    """The compile cache of this test (DLBC_CACHE_DIR): empty, and not there until something writes it."""
+    session = os.environ["DLBC_CACHE_DIR"]
+    fresh = Path(session) / f"test-{next(_numbers)}"
+    os.environ["DLBC_CACHE_DIR"] = str(fresh)
+    yield fresh
+    os.environ["DLBC_CACHE_DIR"] = session
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, and say so, where there is no CUDA device."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: not checked on this machine"))

@@ -1,0 +1,327 @@
+"""Every rule of every op, lowered and interpreted, equals its textbook formula (`dense.py`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dlbc.composite import Composite, _fits
+from dlbc.ir.builder import Builder
+from dlbc.ir.core import Attr, Graph, Rule, Section, Type, Value, Weight
+from dlbc.ir.interpreter import interpret
+from dlbc.passes.eliminate_dead import EliminateDead
+from dlbc.passes.lower import Lower, expand
+from dlbc.passes.pair import FINAL, Pair
+from dlbc.passes.rules import RULES, load_rules
+from dlbc.passes.rules.activations import STEPS, UNARY
+
+sys.path.insert(0, str(Path(__file__).parent))
+import dense
+
+Array = NDArray[Any]
+DTYPES = {"f": "f32", "i": "i64", "b": "bool"}
+rng = np.random.default_rng(20240607)
+
+
+@dataclass
+class Case:
+    """One application of an op: its operands (arrays or literals), which of them carry, attributes."""
+
+    op: str
+    operands: tuple[Any, ...]
+    carried: tuple[int, ...]
+    attrs: dict[str, Attr]
+
+    def graph(self, after: str = "") -> tuple[Graph, dict[str, Array], dict[str, Array]]:
+        """The graph of the op alone (`after`: and a function of its result), inputs and weights."""
+        params, weights, operands = {}, {}, []
+        for i, array in enumerate(self.operands):
+            if not isinstance(array, np.ndarray):
+                operands.append(array)
+                continue
+            kind = Type(DTYPES[array.dtype.kind], array.shape)
+            operands.append(Value(f"x{i}", kind) if i in self.carried else Weight(f"w{i}", kind))
+            (params if i in self.carried else weights)[operands[-1].name] = array
+        at = Builder(params)
+        y = at.op(self.op, *operands, result="y", **self.attrs)[0]
+        if after:
+            y = at.op(after, y, result="z")[0]
+        elif self.op in FINAL:  # what a final softmax reads would be explained instead
+            y = at.reshape(y, shape=y.type.shape, result="z")
+        kept = {o.name: o for o in operands if isinstance(o, Weight)}
+        graph = Graph("case", Section(tuple(o for o in operands if isinstance(o, Value)), tuple(at.ops), (y,)), weights=kept,
+                      attrs={"inputs": tuple(params), "outputs": ("y",), "explain": tuple(params)})
+        return graph, params, weights
+
+
+def normal(*shape: int) -> Array:
+    """Numbers of either sign, none near 0."""
+    return rng.uniform(0.2, 2.0, size=shape) * rng.choice([-1, 1], size=shape)
+
+
+def positive(*shape: int) -> Array:
+    return rng.uniform(0.3, 2.0, size=shape)
+
+
+def case(op: str, *operands: Any, carried: tuple[int, ...] = (0,), **attrs: Attr) -> Case:
+    return Case(op, operands, carried, attrs)
+
+
+def both(op: str, *operands: Any, **attrs: Attr) -> Iterator[Case]:
+    """Each operand alone as the carrier, and both."""
+    for carried in ((0,), (1,), (0, 1)):
+        if all(isinstance(operands[i], np.ndarray) for i in carried):
+            yield Case(op, operands, carried, attrs)
+
+
+def _linear_maps() -> Iterator[Case]:
+    yield case("linear", normal(2, 5), normal(4, 5), normal(4))
+    yield case("linear", normal(2, 3, 5), normal(4, 5))
+    yield case("linear", np.abs(normal(1, 2)), np.abs(normal(3, 2)), normal(3))  # one sign only
+    for n in (1, 2, 3):
+        size, one = (6, 5, 4)[:n], (1,) * n
+        yield case(f"conv{n}d", normal(2, 2, *size), normal(3, 2, *(2,) * n), normal(3))
+        yield case(f"conv{n}d", normal(1, 4, *size), normal(4, 2, *(3, 2, 2)[:n]), stride=(2, 1, 2)[:n], padding=one, groups=2)
+        yield case(f"conv{n}d", normal(1, 2, *size), normal(2, 1, *(2,) * n), normal(2), dilation=(2, 1, 1)[:n], stride=(2,) * n,
+                   groups=2)
+        small = (3, 2, 2)[:n]
+        yield case(f"conv_transpose{n}d", normal(2, 2, *small), normal(2, 3, *(2,) * n), normal(3))
+        yield case(f"conv_transpose{n}d", normal(1, 4, *small), normal(4, 1, *(3, 2, 2)[:n]), stride=(2,) * n,
+                   padding=(1, 0, 0)[:n], output_padding=(1, 0, 0)[:n], groups=2)
+        yield case(f"conv_transpose{n}d", normal(1, 2, *small), normal(2, 2, *(2,) * n), normal(2), dilation=(2, 1, 1)[:n])
+    yield from both("matmul", normal(2, 3, 4), normal(2, 4, 2))
+    yield from both("matmul", normal(3, 4), normal(2, 4, 2))
+    yield from both("matmul", normal(2, 1, 3, 2), normal(2, 2, 2))
+    yield from both("einsum", normal(2, 3, 4), normal(2, 5, 4), equation="bqd,bkd->bqk")
+    yield from both("einsum", normal(2, 3, 4), normal(4, 5), equation="bqd,dk->kqb")
+    yield from both("einsum", normal(2, 3), normal(4, 3), equation="ab,cb->c")  # `a` is summed over
+    yield case("einsum", normal(2, 3, 4), equation="abc->ca")
+    yield case("einsum", normal(2, 3), normal(3, 2), normal(2, 2), equation="ab,bc,cd->ad", carried=(1,))
+    yield case("einsum", normal(2, 3), normal(3, 2), normal(2, 2), equation="ab,bc,cd->ad", carried=(0, 2))
+    yield case("einsum", normal(2, 3), normal(3, 2), normal(2, 2), equation="ab,bc,cd->ad", carried=(0, 1, 2))
+    flat: dict[str, Attr] = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0)}
+    yield case("avg_pool", normal(2, 2, 4, 4), **flat)
+    yield case("avg_pool", normal(1, 2, 5, 5), kernel=(3, 2), stride=(2, 1), padding=(1, 0))
+    yield case("avg_pool", normal(1, 2, 5, 5), kernel=(3, 2), stride=(2, 2), padding=(1, 1), count_include_pad=False)
+    yield case("avg_pool", normal(1, 1, 5, 5), **{**flat, "ceil_mode": True})
+    yield case("avg_pool", normal(1, 2, 5), kernel=(2,), stride=(1,), padding=(0,), divisor=3)
+    yield case("avg_pool", normal(1, 1, 3, 2, 2), kernel=(2, 2, 1), stride=(1, 1, 1), padding=(0, 0, 0))
+    yield case("adaptive_avg_pool", normal(2, 2, 5, 4), size=(2, 3))
+    yield case("adaptive_avg_pool", normal(1, 2, 5), size=(1,))
+    for name in ("mean", "sum"):
+        yield case(name, normal(2, 3, 4), dims=(1,))
+        yield case(name, normal(2, 3, 4), dims=(-1, 0))
+        yield case(name, normal(2, 3, 4), dims=(-2,), keepdim=True)
+        yield case(name, normal(2, 3))
+    yield case("cumsum", normal(2, 3, 4), dim=1)
+    yield case("cumsum", normal(2, 3), dim=-1)
+    for interleaved in (False, True):
+        yield case("rotary", normal(2, 2, 3, 4), normal(3, 4), normal(3, 4), interleaved=interleaved)
+        yield case("rotary", normal(1, 3, 4), normal(2, 1, 3, 4), normal(2, 1, 3, 4), interleaved=interleaved)
+    yield case("batch_norm", normal(2, 3, 2, 2), normal(3), positive(3), normal(3), normal(3))
+    yield case("batch_norm", normal(2, 3), normal(3), positive(3))
+
+
+def _elementwise() -> Iterator[Case]:
+    for name in ("add", "sub", "mul", "div"):
+        yield from both(name, normal(2, 3), normal(2, 3))
+        yield from both(name, normal(2, 3, 2), normal(3, 1))
+        yield from both(name, normal(1, 3), normal(2, 1, 1))
+        yield case(name, normal(2, 3), 1.7)
+        yield case(name, 2, normal(2, 3), carried=(1,))
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"):
+        yield from both("glu", normal(2, 3), normal(2, 3), activation=activation)
+    for name in (*UNARY, *STEPS):
+        if name in ("tan", *STEPS):
+            yield case(name, np.array([[0.3, -0.7, 1.2], [-1.1, 0.6, -0.4]]))
+        elif name not in ("pow", "prelu", "gelu", "log", "log1p", "sqrt", "rsqrt"):
+            yield case(name, normal(2, 7))
+    for name in ("log", "log1p", "sqrt", "rsqrt"):
+        yield case(name, positive(2, 3))
+    for approximate in ("none", "tanh", "quick"):
+        yield case("gelu", normal(2, 5), approximate=approximate)
+    yield case("hardswish", 3 * normal(2, 5))
+    yield case("hardsigmoid", 3 * normal(2, 5))
+    yield case("softplus", normal(2, 4), beta=2.0, threshold=1.0)
+    yield case("elu", normal(2, 4), alpha=0.7, scale=1.3, input_scale=0.5)
+    yield case("leaky_relu", normal(2, 4), negative_slope=0.3)
+    yield case("relu", np.array([[0.0, 1.0, -1.0]]))
+    yield case("prelu", normal(2, 3, 2), normal(3))
+    yield case("prelu", normal(2, 3), normal(1))
+    yield case("pow", normal(2, 3), 2)
+    yield case("pow", positive(2, 3), 0.5)
+    yield case("pow", positive(2, 3), normal(3))
+    yield case("pow", 2.0, normal(2, 3), carried=(1,))
+    yield case("pow", positive(1, 3), normal(2, 1), carried=(1,))
+
+
+def _selections() -> Iterator[Case]:
+    mask = rng.random((2, 3)) < 0.5
+    for carried in ((1,), (2,), (1, 2)):
+        yield Case("where", (mask, normal(2, 3), normal(3)), carried, {})
+        yield Case("where", (mask[0], normal(2, 1), normal(1, 3)), carried, {})
+    yield case("where", mask, normal(2, 3), -1e9, carried=(1,))
+    for low, high in ((-0.5, 0.5), (None, 0.4), (0.0, None), (None, None)):
+        yield case("clamp", normal(2, 5), low=low, high=high)
+    for name in ("maximum", "minimum"):
+        yield from both(name, normal(2, 3), normal(3))
+        yield from both(name, np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))
+        yield case(name, normal(2, 3), 0.0)
+    ties = np.round(normal(2, 2, 5, 4) * 2)
+    yield case("max_pool", normal(2, 2, 4, 4), kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+    yield case("max_pool", ties, kernel=(3, 2), stride=(2, 1), padding=(1, 1), dilation=(1, 2))
+    yield case("max_pool", ties[:1], kernel=(2, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), ceil_mode=True)
+    yield case("max_pool", normal(1, 2, 5), kernel=(3,), stride=(1,), padding=(1,), dilation=(2,))
+    yield case("max_pool", normal(1, 1, 3, 3, 2), kernel=(2, 2, 2), stride=(1, 1, 1), padding=(0, 0, 0), dilation=(1, 1, 1))
+    yield case("adaptive_max_pool", ties, size=(2, 3))
+    yield case("adaptive_max_pool", normal(1, 2, 5), size=(2,))
+    for name in ("amax", "amin"):
+        yield case(name, ties, dims=(-1,))
+        yield case(name, normal(2, 3, 2), dims=(0, 2), keepdim=True)
+        yield case(name, normal(2, 3))
+    for name in ("max_with_index", "min_with_index"):
+        yield case(name, ties, dim=-2)
+        yield case(name, normal(2, 3), dim=0, keepdim=True)
+
+
+def _moves() -> Iterator[Case]:
+    x = normal(2, 3, 4)
+    yield case("reshape", x, shape=(6, 4))
+    yield case("permute", x, dims=(2, 0, 1))
+    yield case("permute", x, dims=(0, -1, -2))
+    yield case("expand", normal(3, 1), shape=(2, 3, 4))
+    yield case("slice", x, dim=-1, start=1, stop=4, step=2)
+    yield case("slice", x, dim=1, stop=2)
+    yield case("select", x, dim=-2, index=1)
+    yield case("select", x, dim=2, index=-1)
+    yield case("cat", x, normal(2, 1, 4), normal(2, 2, 4), dim=-2, carried=(0, 1, 2))
+    yield case("cat", x, normal(2, 1, 4), dim=1, carried=(1,))
+    yield case("pad", x, pads=((0, 1), (1, 0), (2, -1)))
+    yield case("pad", x, pads=((0, 0), (-1, 1), (0, 0)), value=3.0)
+    yield case("flip", x, dims=(-1, 0))
+    yield case("roll", x, shifts=(1, -2), dims=(0, -1))
+    yield case("triangle", x, upper=True)
+    yield case("triangle", x, upper=False, diagonal=-1)
+    yield case("gather", x, rng.integers(0, 4, (2, 2, 3)), dim=-1)
+    yield case("gather", x, rng.integers(0, 3, (2, 5, 4)), dim=1)
+    yield case("take", x, np.array([[0, 2], [2, 1]]), dim=-2)
+    yield case("take", x, np.array([3, 0]), dim=2)
+    yield case("index", x, np.array([[0], [2]]), np.array([1, 3, 1]), dims=(1, 2))
+    yield case("index", x, np.array([1, 0, 1]), dims=(0,))
+    once = np.stack([rng.permutation(4)[:2] for _ in range(6)]).reshape(2, 3, 2)
+    for carried in ((0,), (2,), (0, 2)):
+        yield Case("scatter", (x, once, normal(2, 3, 2)), carried, {"dim": -1})
+        yield Case("scatter_add", (x, rng.integers(0, 4, (2, 3, 5)), normal(2, 3, 5)), carried, {"dim": 2})
+        yield Case("scatter_add", (x, rng.integers(0, 3, (2, 4, 4)), normal(2, 4, 4)), carried, {"dim": -2})
+    yield case("scatter", x, once, 0.5, dim=-1)
+    twice = np.array([0, 1, 1])
+    for carried in ((0,), (1,), (0, 1)):
+        yield Case("index_put", (x, normal(2, 2, 4), np.array([0, 2])), carried, {"dims": (1,)})
+        yield Case("index_put", (x, normal(4), np.array([2, 1])), carried, {"dims": (1,)})
+        yield Case("index_put", (x, normal(3, 3, 4), np.array([0, 1, 1])), carried, {"dims": (0,), "accumulate": True})
+        yield Case("index_put", (x, normal(1, 4), twice, twice), carried, {"dims": (0, 1), "accumulate": True})
+    yield case("index_put", x, 0.5, np.array([0, 2]), dims=(1,))
+    yield case("cast", x, dtype="f64")
+    yield case("topk", x, k=2, dim=1)
+    yield case("topk", x, k=3, largest=False)
+    yield case("sort", x, dim=-2, descending=True)
+    yield case("embedding", rng.integers(0, 5, (2, 3)), normal(5, 4))
+    for name in ("softmax", "log_softmax"):
+        yield case(name, x, dim=-1)
+        yield case(name, x, dim=1)
+
+
+def _norms() -> Iterator[Case]:
+    for name in ("layer_norm", "rms_norm"):
+        yield case(name, normal(2, 3, 4))
+        yield case(name, normal(2, 4), normal(4), eps=0.1)
+        yield case(name, normal(2, 3, 2), normal(3, 2), dims=2)
+    yield case("layer_norm", normal(2, 4), normal(4), normal(4))
+    yield case("group_norm", normal(2, 4, 3), groups=2)
+    yield case("group_norm", normal(2, 4, 2, 2), normal(4), normal(4), groups=2, eps=1e-3)
+    yield case("group_norm", normal(2, 4), normal(4), groups=1)
+
+
+def _attention() -> Iterator[Case]:
+    def qkv(heads: int = 2, groups: int = 2, queries: int = 3, keys: int = 3, batch: int = 2) -> tuple[Array, ...]:
+        return normal(batch, heads, queries, 2), normal(batch, groups, keys, 2), normal(batch, groups, keys, 3)
+
+    whole = (0, 1, 2)
+    yield case("attention", *qkv(), scale=0.7, carried=whole)
+    yield case("attention", *qkv(4, 2), scale=0.7, causal=True, carried=whole)
+    yield case("attention", *qkv(2, 1, 2, 4), scale=0.7, causal=True, carried=whole)
+    yield case("attention", *qkv(queries=5, keys=5, batch=1), scale=0.7, causal=True, window=2, carried=whole)
+    yield case("attention", *qkv(), rng.random((2, 1, 3, 3)) < 0.6, scale=0.7, carried=whole)
+    yield case("attention", *qkv(), np.tril(np.ones((3, 3), bool), -1), scale=0.7, carried=whole)  # row 0 sees nothing
+    yield case("attention", *qkv(), normal(1, 2, 1, 3), scale=0.7, carried=whole)
+    yield case("attention", *qkv(4, 2), scale=1.3, softcap=1.5, carried=whole)
+    yield case("attention", *qkv(), scale=0.7, carried=(1, 2))
+    yield case("attention", *qkv(), scale=0.7, carried=(2,))
+
+
+CASES: dict[str, list[Case]] = {}
+for _cases in (_linear_maps, _elementwise, _selections, _moves, _norms, _attention):
+    for _case in _cases():
+        CASES.setdefault(_case.op, []).append(_case)
+load_rules()
+PAIRS = sorted(RULES)
+
+
+def fitting(name: str, rule: str) -> list[tuple[Case, Rule]]:
+    """The cases that a rule may meet, with its parameters as they are and, for epsilon, large."""
+    params = tuple(RULES[name, rule].params.items())
+    rules = [Rule(rule, params), *([Rule(rule, (("eps", 0.3),))] if ("eps", 1e-6) in params else [])]
+    return [(one, chosen) for one in CASES.get(name, ()) for chosen in rules
+            if _fits(next(one.graph()[0].forward.ops), chosen, len(one.carried) == 1)]
+
+
+@pytest.mark.parametrize(("name", "rule"), PAIRS, ids=map("-".join, PAIRS))
+def test_a_rule_equals_its_formula(name: str, rule: str) -> None:
+    """Alone (relevance comes in), and behind a function whose rule passes multipliers."""
+    cases = fitting(name, rule)
+    assert cases, f"no case for {name} {rule}"
+    for number, (one, chosen) in enumerate(cases):
+        for after in ("", "neg"):
+            graph, inputs, weights = one.graph(after)
+            composite = Composite([(name, chosen), ("neg", "identity"), ("move", "move")])
+            paired = Pair(rules=composite).run(graph)
+            y = graph.forward.results[0]
+            seed = np.random.default_rng(number).normal(size=(3 if number % 2 else 1, *map(int, y.type.shape)))  # type: ignore[arg-type]
+            found = interpret(EliminateDead().run(Lower().run(paired)), inputs, weights, {f"R.{y.name}": seed}).relevance
+            expected = dense.explain(graph, composite, inputs, weights, seed)
+            for own, other in zip(found, expected, strict=True):
+                scale = max(np.abs(other).max(), 1e-3)
+                tolerance = 1e-8 if "gradient" in rule else 1e-9
+                np.testing.assert_allclose(own / scale, other / scale, atol=tolerance, err_msg=f"{one} {chosen} {after}")
+            if number < 2:
+                level_2 = interpret(paired, inputs, weights, {f"R.{y.name}": seed}, expand=expand).relevance
+                for own, other in zip(found, level_2, strict=True):
+                    np.testing.assert_array_equal(own, other)
+
+
+def test_every_op_with_a_rule_has_cases() -> None:
+    assert {name for name, _ in PAIRS} == set(CASES)
+    assert not [pair for pair in PAIRS if not fitting(*pair)]
+    assert not [(name, rule) for name, rule in PAIRS if (dense.FAMILY.get(name), rule) not in dense.FORMULAS]
+
+
+def test_attention_weights_are_found_behind_moves() -> None:
+    """`signal` gives all to v: also where P was reshaped, and whichever operand it is."""
+    s, v = Value("s", Type("f32", (2, 3, 3))), Value("v", Type("f32", (2, 3, 4)))
+    at = Builder(["s", "v"])
+    p = at.cast(at.softmax(s, dim=-1), dtype="f32")
+    y = at.matmul(p, v, result="y")
+    graph = Graph("probabilities", Section((s, v), tuple(at.ops), (y,)), attrs={"inputs": ("s", "v"), "outputs": ("y",)})
+    composite = Composite([("matmul", "signal"), ("softmax", "taylor")], base="cp-lrp")
+    inputs, seed = {"s": normal(2, 3, 3), "v": normal(2, 3, 4)}, normal(2, 2, 3, 4)
+    found = interpret(Lower().run(Pair(rules=composite).run(graph)), inputs, {}, {"R.y": seed}).relevance
+    expected = dense.explain(graph, composite, inputs, {}, seed)
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-9)
