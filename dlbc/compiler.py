@@ -30,7 +30,8 @@ from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions
-from dlbc_runtime.explainer import Explainer
+from dlbc_runtime.arrays import Json
+from dlbc_runtime.explainer import Explainer, Recompile
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
 from dlbc_runtime.signature import InputSpec, OutputSpec
 
@@ -89,55 +90,67 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
     (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
     """
-    from dlbc.cache import cached
-    from dlbc.frontends.torch_export import normalise
+    from dlbc.frontends.inputs import normalise
 
     args, kwargs = normalise(example_inputs)
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
-    options = Options(_chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, tuple(explain),
+    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, tuple(explain),
                       fallback, dump_to)
-    options.composite  # noqa: B018  unknown rules are an error before any work
-    load_backend(options.backend)
     default = Variant(keep=keep, output=output)
     if cache and not dump_to:
+        from dlbc.cache import cached
+
         return cached(model, args, kwargs, options, default, verify=verify)
     return compile_now(model, args, kwargs, options, default)
 
 
 def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options,
-                default: Variant) -> Explainer:
-    """Compile without looking into the cache."""
+                default: Variant, *, recompile: Recompile | None = None) -> Explainer:
+    """Compile without looking into the cache. `recompile` compiles for other sizes; default: as this does."""
     from dlbc.frontends.torch_export import import_model
 
+    options.composite  # noqa: B018  unknown rules and backends are an error before any work
+    load_backend(options.backend)
     imported = import_model(model, args, dict(kwargs), dynamic=options.dynamic)
     check_weights(imported.weights)
     graph = imported.graph.with_attrs(explain=options.explain) if options.explain else imported.graph
     canonical = run(graph, CANONICALISE)
     source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
-    return explainer_of(source, options, default, imported.weights, model=model)
+    return explainer_of(source, options, default, imported.weights, model=model, recompile=recompile)
 
 
 def explainer_of(source: Source, options: Options, default: Variant, weights: Mapping[str, Any], *,
-                 programs: Mapping[Variant, Program] | None = None, model: torch.nn.Module | None = None) -> Explainer:
-    """An explainer that builds its variants from a canonical graph, the default one at once."""
+                 programs: Mapping[Variant, Program] | None = None, model: torch.nn.Module | None = None,
+                 recompile: Recompile | None = None, recipe: Mapping[str, Json] | None = None) -> Explainer:
+    """An explainer that builds its variants from a canonical graph, the default one at once.
+
+    `model` is what it compiles again for sizes that the capture fixed; None: it does not.
+    """
+    from dlbc.artifact import recipe_of
+
     build = partial(build_program, source, options)
     found = dict(programs or {})
     if default not in found:
         found[default] = build(default)
     bound = bind_weights(weights, options.backend)
-    recompile = partial(_recompile, model, options, default) if model is not None else None
-    return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw)
+    if recompile is None and model is not None:
+        recompile = partial(_recompile, model, options, default)
+    return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw,
+                     recipe=recipe_of(options, weights, model) if recipe is None else recipe)
 
 
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
     """One variant, from the canonical graph to the generated module."""
-    texts = {"exported": print_graph(source.exported), "canonical": print_graph(source.canonical)}
     graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
-    graph = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=options.composite),))
-    texts["paired"] = print_graph(graph)
-    paired = graph
-    graph = run(graph, lowering(options, ledger=variant.ledger))
-    texts["lowered"] = print_graph(graph)
+    paired = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=options.composite),))
+    return finish_program(source, options, variant, paired)
+
+
+def finish_program(source: Source, options: Options, variant: Variant, paired: Graph) -> Program:
+    """One variant, from the paired graph to the generated module."""
+    graph = run(paired, lowering(options, ledger=variant.ledger))
+    texts = {"exported": print_graph(source.exported), "canonical": print_graph(source.canonical),
+             "paired": print_graph(paired), "lowered": print_graph(graph)}
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
     program = Program(describe(source, paired, graph, options.backend), load_backend(options.backend).emit(graph), texts)
@@ -166,7 +179,7 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manif
         explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]), before=str(graph.attrs["before"]),
         nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs),
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
-        rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), _rule_text(op))
+        rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), rule_text(op))
                     for op in paired.relevance.ops if op.rule is not None),
         versions={"dlbc": __version__})
 
@@ -183,7 +196,10 @@ def check_weights(weights: Mapping[str, Any]) -> None:
     import torch
 
     for name, weight in weights.items():
-        if weight.is_floating_point() and weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        if not weight.is_floating_point() or weight.device.type == "meta":
+            continue
+        # A finite sum says all are finite, and takes one pass over them; one that overflows says nothing.
+        if not bool(torch.isfinite(weight.detach().sum())) and not bool(torch.isfinite(weight).all()):
             raise InputError(f"weight `{name}` holds NaN or infinity",
                              hint="an explanation of this model would mean nothing; reload or retrain it")
 
@@ -214,7 +230,7 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> 
     `model` gives the weights, unless they were saved with it. ArtifactError for a file that is damaged or
     foreign, or a model whose weights do not match by name, shape and element type.
     """
-    from dlbc.cache import load_artifact
+    from dlbc.artifact import load_artifact
 
     return load_artifact(Path(path), model)
 
@@ -224,7 +240,7 @@ def _recompile(model: torch.nn.Module, options: Options, default: Variant, args:
     return compile_now(model, args, kwargs, options, default)
 
 
-def _chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
+def chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
     """What "auto" stands for: AttnLRP, the most faithful preset on transformers and epsilon elsewhere."""
     return "attnlrp" if rules == "auto" else rules
 
@@ -246,7 +262,7 @@ def _sequence(graph: Graph, inputs: InputSpec) -> str:
                 if not param.type.floating and param.type.shape == found[1:])
 
 
-def _rule_text(op: Op) -> str:
+def rule_text(op: Op) -> str:
     assert op.rule is not None
     params = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for _, value in op.rule.params)
     return f"{op.rule.name}({params})" if params else op.rule.name

@@ -61,8 +61,7 @@ class Composite:
         """The rule for an op; UnsupportedOpError when none fits. `constant_factor`: it is a linear map."""
         for what, rule in self.entries:
             if (op.name, rule.name) in RULES and _matches(what, op) and _fits(op, rule, constant_factor):
-                known = RULES[op.name, rule.name].params
-                return Rule(rule.name, tuple((name, value) for name, value in rule.params if name in known))
+                return completed(op.name, rule)
         if self.fallback:
             name = "product_gradient" if op.name in ("matmul", "einsum") and not constant_factor else "gradient"
             for candidate in (name, "taylor", "select", "move", "sum"):
@@ -77,13 +76,21 @@ class Composite:
 
     def check(self, graph: Graph) -> None:
         """RuleError, with the nearest names, for a module glob that matches no op of the graph."""
-        places = sorted({op.place for op in graph.forward.ops})
+        parts = [op.place.split(".") for op in graph.forward.ops]
+        places = sorted({".".join(place[:depth]) for place in parts for depth in range(1, len(place) + 1)})
         for what, rule in self.entries:
             if isinstance(what, str) and what not in OPS and what not in GROUPS and not any(
                     fnmatchcase(place, what) or fnmatchcase(place, what + ".*") for place in places):
                 near = get_close_matches(what, [*places, *GROUPS, *OPS], 3, 0.3)
                 raise RuleError(f"`{what}` (for rule `{rule.name}`) matches no module and no op kind",
                                 hint=f"did you mean {', '.join(near)}?" if near else "see explainer.rules()")
+
+
+def completed(kind: str, rule: Rule) -> Rule:
+    """A rule with exactly the parameters it has for an op kind: those it states, and the defaults of the others."""
+    stated = dict(rule.params)
+    return Rule(rule.name, tuple((name, stated.get(name, default))
+                                 for name, default in RULES[kind, rule.name].params.items()))
 
 
 def _matches(what: What, op: Op) -> bool:
@@ -140,7 +147,8 @@ PRESETS: dict[str, Sequence[tuple[What, str]]] = {
     "epsilon": (*_CONSERVING, ("einsum", "signal")),
     "dlb": (*_RELEVANCE, ("linear_map", "absolute"), ("sum_of_terms", "absolute"), ("attention", "dlb"),
             ("matmul", "share"), ("einsum", "share")),
-    "dlb-0.1": (*_RELEVANCE, ("linear_map", "absolute_0_1"), ("sum_of_terms", "equal"), ("attention", "dlb_0_1"),
+    "dlb-0.1": (*_RELEVANCE, ("linear_map", "absolute_0_1"), ("sum_of_terms", "equal"), ("sum_of_terms", "absolute"),
+                ("attention", "dlb_0_1"),
                 ("matmul", "share"), ("einsum", "share")),
     "input-x-gradient": (
         *_SHARED, ("linear_map", "gradient"), ("sum_of_terms", "gradient"), ("activation", "gradient"),

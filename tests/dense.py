@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from dlbc.composite import Composite
 from dlbc.ir.core import Graph, Op, Rule, Value
-from dlbc.ir.interpreter import interpret
+from dlbc.ir.dims import Sym, evaluate
+from dlbc.ir.interpreter import Run, interpret
 from dlbc.ir.ops import definition
 from dlbc.ir.reference import REFERENCE
 from dlbc.passes.carriers import carriers, data_operands, explained_inputs
@@ -197,9 +198,9 @@ def whole(s: Site, r: Array) -> list[Any]:
 
 
 def numerator(s: Site, r: Array) -> list[Any]:
-    a, b = s.carried
-    return _split(s, [kept(s, r), kept(s, r) * s.x[1] / e(np.asarray(s.x[1]))]) if not a else [
-        _summed_to(kept(s, r), np.shape(s.x[0])), None]
+    if s.carried[0]:
+        return [_summed_to(kept(s, r), np.shape(s.x[0])), None]
+    return _split(s, [kept(s, r), kept(s, r) * s.x[1] / e(np.asarray(s.x[1]))])
 
 
 def numerator_relevance(s: Site, r: Array) -> list[Any]:
@@ -211,7 +212,7 @@ def quotient_gradient(s: Site, r: Array) -> list[Any]:
 
 
 GATES: dict[str, Callable[[Array], Array]] = {
-    "silu": REFERENCE["silu"], "gelu": lambda x: REFERENCE["gelu"](x),
+    "silu": REFERENCE["silu"], "gelu": REFERENCE["gelu"],
     "gelu_tanh": lambda x: REFERENCE["gelu"](x, approximate="tanh"), "relu": lambda x: np.maximum(x, 0),
     "sigmoid": REFERENCE["sigmoid"], "tanh": np.tanh}
 
@@ -279,6 +280,16 @@ def gradient(s: Site, r: Array) -> list[Any]:
     def rate(i: int) -> Array:
         return _slope(lambda v: s.forward(*(v if j == i else o for j, o in enumerate(s.x))), s.x[i])
     return _each(s, lambda i: _summed_to(s.x[i] * rate(i) * s.multiplier(r), np.shape(s.x[i])))
+
+
+def reduction_gradient(s: Site, r: Array) -> Array:
+    """x dy/dx R / y, with dy/dx by stencils, one element of x after the other."""
+    x, found = s.x[0], np.zeros(s.x[0].shape)
+    for place in np.ndindex(*x.shape):
+        unit = np.zeros(x.shape)
+        unit[place] = 1
+        found[place] = (_slope(lambda t: s.forward(x + t * unit), np.zeros(())) * s.multiplier(r)).sum()  # noqa: B023
+    return x * found
 
 
 # --- selections and moves ----------------------------------------------------------------------------
@@ -498,15 +509,26 @@ def dlb_0_1(s: Site, r: Array) -> list[Any]:
 
 _KINDS: dict[str, str] = {
     "linear": "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul einsum avg_pool "
-              "adaptive_avg_pool mean sum cumsum rotary batch_norm",
-    "sum": "add sub scatter_add", "mul": "mul", "div": "div", "glu": "glu", "norm": "layer_norm rms_norm group_norm",
-    "softmax": "softmax log_softmax", "attention": "attention", "embedding": "embedding", "where": "where",
-    "clamp": "clamp", "extremum": "maximum minimum", "pool": "max_pool adaptive_max_pool",
-    "reduce": "amax amin max_with_index min_with_index", "index_put": "index_put",
+    "adaptive_avg_pool mean sum cumsum rotary batch_norm",
+    "sum": "add sub scatter_add",
+    "mul": "mul",
+    "div": "div",
+    "glu": "glu",
+    "norm": "layer_norm rms_norm group_norm",
+    "softmax": "softmax log_softmax",
+    "attention": "attention",
+    "embedding": "embedding",
+    "where": "where",
+    "clamp": "clamp",
+    "extremum": "maximum minimum",
+    "pool": "max_pool adaptive_max_pool",
+    "reduce": "amax amin max_with_index min_with_index",
+    "index_put": "index_put",
     "move": "reshape permute expand slice select cat pad flip roll triangle gather take index scatter cast topk sort",
-    "unary": "exp expm1 log log1p sqrt rsqrt reciprocal sin cos tan tanh atan erf sigmoid log_sigmoid silu mish hardswish "
-             "hardsigmoid softsign neg abs relu negative_part gelu softplus elu leaky_relu prelu pow floor ceil round "
-             "sign",
+    "unary": "exp expm1 log log1p sqrt rsqrt reciprocal sin cos tan tanh atan erf sigmoid log_sigmoid silu mish "
+    "hardswish hardsigmoid softsign neg abs relu negative_part gelu softplus elu leaky_relu prelu pow floor ceil round "
+    "sign",
+    "reduction": "var logsumexp prod",
 }
 FAMILY = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
@@ -522,6 +544,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     ("div", "gradient"): quotient_gradient, ("glu", "half"): gate_half, ("glu", "uniform"): uniform,
     ("glu", "signal"): gate_signal, ("glu", "gradient"): gate_gradient,
     ("unary", "identity"): identity, ("unary", "pass"): passed, ("unary", "gradient"): gradient,
+    ("reduction", "gradient"): reduction_gradient,
     ("where", "select"): where, ("clamp", "select"): clamp, ("extremum", "select"): extremum,
     ("pool", "select"): max_pool, ("reduce", "select"): reduce_extremum, ("embedding", "sum"): embedding,
     ("move", "move"): move, ("softmax", "taylor"): softmax_taylor, ("softmax", "pass"): passed,
@@ -541,7 +564,9 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
     carrying = carriers(graph)
     softmaxes: set[str] = set()
     for op in graph.forward.ops:
-        if op.name == "softmax" or (op.name in _KINDS["move"].split() and getattr(op.operands[0], "name", "") in softmaxes):
+        if op.name == "softmax" or (
+            op.name in _KINDS["move"].split() and getattr(op.operands[0], "name", "") in softmaxes
+        ):
             softmaxes |= {v.name for v in op.results}
     relevance: dict[str, Array] = {graph.forward.results[0].name: seed}
     divided: dict[str, bool] = {graph.forward.results[0].name: False}
@@ -550,7 +575,7 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
             continue
         count = sum(isinstance(o, Value) and o.name in carrying for o in op.operands)
         rule = composite.rule_for(op, constant_factor=count == 1)
-        site = _site(op, rule, run.values, weights, carrying, softmaxes)
+        site = _site(op, rule, run, weights, carrying, softmaxes)
         site.tiny = 0.0 if divided[op.result.name] else TINY
         found = contributions(site, relevance[op.result.name])
         form = RULES[op.name, rule.name].form
@@ -563,14 +588,26 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
             for p in explained_inputs(graph) if p.name in carrying]
 
 
-def _site(op: Op, rule: Rule, values: Mapping[str, Array], weights: Mapping[str, Array], carrying: set[str],
-          softmaxes: set[str]) -> Site:
+def _site(op: Op, rule: Rule, run: Run, weights: Mapping[str, Array], carrying: set[str], softmaxes: set[str]) -> Site:
     assert (op.name, rule.name) in RULES
+    values = run.values
+
+    def number(a: Any) -> Any:
+        return tuple(map(number, a)) if isinstance(a, tuple) else evaluate(a, run.sizes) if isinstance(a, Sym) else a
+
     def read(o: Any) -> Any:
         if isinstance(o, Value):
             return values[o.name]
-        return np.asarray(weights[o.name]) if hasattr(o, "type") else o
-    return Site(op.name, rule.name, dict(rule.params), {**definition(op.name).attrs, **op.attrs},
-                [read(o) for o in op.operands], values[op.result.name], [values[v.name] for v in op.results],
-                [isinstance(o, Value) and o.name in carrying for o in data_operands(op)],
-                [getattr(o, "name", "") in softmaxes for o in op.operands])
+        return np.asarray(weights[o.name]) if hasattr(o, "type") else number(o)
+
+    return Site(
+        op.name,
+        rule.name,
+        dict(rule.params),
+        {name: number(a) for name, a in {**definition(op.name).attrs, **op.attrs}.items()},
+        [read(o) for o in op.operands],
+        values[op.result.name],
+        [values[v.name] for v in op.results],
+        [isinstance(o, Value) and o.name in carrying for o in data_operands(op)],
+        [getattr(o, "name", "") in softmaxes for o in op.operands],
+    )

@@ -56,8 +56,12 @@ class Case:
         elif self.op in FINAL:  # what a final softmax reads would be explained instead
             y = at.reshape(y, shape=y.type.shape, result="z")
         kept = {o.name: o for o in operands if isinstance(o, Weight)}
-        graph = Graph("case", Section(tuple(o for o in operands if isinstance(o, Value)), tuple(at.ops), (y,)), weights=kept,
-                      attrs={"inputs": tuple(params), "outputs": ("y",), "explain": tuple(params)})
+        graph = Graph(
+            "case",
+            Section(tuple(o for o in operands if isinstance(o, Value)), tuple(at.ops), (y,)),
+            weights=kept,
+            attrs={"inputs": tuple(params), "outputs": ("y",), "explain": tuple(params)},
+        )
         return graph, params, weights
 
 
@@ -88,14 +92,25 @@ def _linear_maps() -> Iterator[Case]:
     for n in (1, 2, 3):
         size, one = (6, 5, 4)[:n], (1,) * n
         yield case(f"conv{n}d", normal(2, 2, *size), normal(3, 2, *(2,) * n), normal(3))
-        yield case(f"conv{n}d", normal(1, 4, *size), normal(4, 2, *(3, 2, 2)[:n]), stride=(2, 1, 2)[:n], padding=one, groups=2)
-        yield case(f"conv{n}d", normal(1, 2, *size), normal(2, 1, *(2,) * n), normal(2), dilation=(2, 1, 1)[:n], stride=(2,) * n,
-                   groups=2)
+        yield case(
+            f"conv{n}d", normal(1, 4, *size), normal(4, 2, *(3, 2, 2)[:n]), stride=(2, 1, 2)[:n], padding=one, groups=2
+        )
+        yield case(
+            f"conv{n}d",
+            normal(1, 2, *size),
+            normal(2, 1, *(2,) * n),
+            normal(2),
+            dilation=(2, 1, 1)[:n],
+            stride=(2,) * n,
+            groups=2,
+        )
         small = (3, 2, 2)[:n]
         yield case(f"conv_transpose{n}d", normal(2, 2, *small), normal(2, 3, *(2,) * n), normal(3))
         yield case(f"conv_transpose{n}d", normal(1, 4, *small), normal(4, 1, *(3, 2, 2)[:n]), stride=(2,) * n,
                    padding=(1, 0, 0)[:n], output_padding=(1, 0, 0)[:n], groups=2)
-        yield case(f"conv_transpose{n}d", normal(1, 2, *small), normal(2, 2, *(2,) * n), normal(2), dilation=(2, 1, 1)[:n])
+        yield case(
+            f"conv_transpose{n}d", normal(1, 2, *small), normal(2, 2, *(2,) * n), normal(2), dilation=(2, 1, 1)[:n]
+        )
     yield from both("matmul", normal(2, 3, 4), normal(2, 4, 2))
     yield from both("matmul", normal(3, 4), normal(2, 4, 2))
     yield from both("matmul", normal(2, 1, 3, 2), normal(2, 2, 2))
@@ -120,6 +135,11 @@ def _linear_maps() -> Iterator[Case]:
         yield case(name, normal(2, 3, 4), dims=(-1, 0))
         yield case(name, normal(2, 3, 4), dims=(-2,), keepdim=True)
         yield case(name, normal(2, 3))
+    for name in ("var", "logsumexp", "prod"):
+        yield case(name, normal(2, 3, 4), dims=(-1, 0))
+        yield case(name, normal(2, 3), dims=(1,), keepdim=True)
+        yield case(name, normal(2, 2))
+    yield case("var", normal(2, 3), dims=(-1,), correction=1)
     yield case("cumsum", normal(2, 3, 4), dim=1)
     yield case("cumsum", normal(2, 3), dim=-1)
     for interleaved in (False, True):
@@ -179,7 +199,9 @@ def _selections() -> Iterator[Case]:
     yield case("max_pool", ties, kernel=(3, 2), stride=(2, 1), padding=(1, 1), dilation=(1, 2))
     yield case("max_pool", ties[:1], kernel=(2, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), ceil_mode=True)
     yield case("max_pool", normal(1, 2, 5), kernel=(3,), stride=(1,), padding=(1,), dilation=(2,))
-    yield case("max_pool", normal(1, 1, 3, 3, 2), kernel=(2, 2, 2), stride=(1, 1, 1), padding=(0, 0, 0), dilation=(1, 1, 1))
+    yield case(
+        "max_pool", normal(1, 1, 3, 3, 2), kernel=(2, 2, 2), stride=(1, 1, 1), padding=(0, 0, 0), dilation=(1, 1, 1)
+    )
     yield case("adaptive_max_pool", ties, size=(2, 3))
     yield case("adaptive_max_pool", normal(1, 2, 5), size=(2,))
     for name in ("amax", "amin"):
@@ -294,12 +316,16 @@ def test_a_rule_equals_its_formula(name: str, rule: str) -> None:
             paired = Pair(rules=composite).run(graph)
             y = graph.forward.results[0]
             seed = np.random.default_rng(number).normal(size=(3 if number % 2 else 1, *map(int, y.type.shape)))  # type: ignore[arg-type]
-            found = interpret(EliminateDead().run(Lower().run(paired)), inputs, weights, {f"R.{y.name}": seed}).relevance
+            found = interpret(
+                EliminateDead().run(Lower().run(paired)), inputs, weights, {f"R.{y.name}": seed}
+            ).relevance
             expected = dense.explain(graph, composite, inputs, weights, seed)
             for own, other in zip(found, expected, strict=True):
                 scale = max(np.abs(other).max(), 1e-3)
                 tolerance = 1e-8 if "gradient" in rule else 1e-9
-                np.testing.assert_allclose(own / scale, other / scale, atol=tolerance, err_msg=f"{one} {chosen} {after}")
+                np.testing.assert_allclose(
+                    own / scale, other / scale, atol=tolerance, err_msg=f"{one} {chosen} {after}"
+                )
             if number < 2:
                 level_2 = interpret(paired, inputs, weights, {f"R.{y.name}": seed}, expand=expand).relevance
                 for own, other in zip(found, level_2, strict=True):
@@ -318,7 +344,9 @@ def test_attention_weights_are_found_behind_moves() -> None:
     at = Builder(["s", "v"])
     p = at.cast(at.softmax(s, dim=-1), dtype="f32")
     y = at.matmul(p, v, result="y")
-    graph = Graph("probabilities", Section((s, v), tuple(at.ops), (y,)), attrs={"inputs": ("s", "v"), "outputs": ("y",)})
+    graph = Graph(
+        "probabilities", Section((s, v), tuple(at.ops), (y,)), attrs={"inputs": ("s", "v"), "outputs": ("y",)}
+    )
     composite = Composite([("matmul", "signal"), ("softmax", "taylor")], base="cp-lrp")
     inputs, seed = {"s": normal(2, 3, 3), "v": normal(2, 3, 4)}, normal(2, 2, 3, 4)
     found = interpret(Lower().run(Pair(rules=composite).run(graph)), inputs, {}, {"R.y": seed}).relevance

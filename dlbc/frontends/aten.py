@@ -12,8 +12,10 @@ exporter's and casts where only the element type differs (ATen's own promotions)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
+
+import torch
 
 from dlbc.errors import IRError, UnsupportedOpError
 from dlbc.ir.builder import Builder
@@ -51,7 +53,7 @@ class Tracer(Builder):
         self.expected: tuple[Type | None, ...] = ()
         self.target = ""
         self.origin = ""
-        self.dtypes: dict[object, str] = {}
+        self.dtypes: Mapping[torch.dtype, str] = {}
 
     @property
     def shape(self) -> tuple[Dim, ...]:
@@ -97,7 +99,7 @@ class Tracer(Builder):
         """Our name of a torch dtype argument, `default` for None."""
         if asked is None:
             return default
-        if asked not in self.dtypes:
+        if not isinstance(asked, torch.dtype) or asked not in self.dtypes:
             raise self.unsupported(f"the element type {asked} is not supported",
                                    hint=f"supported: {', '.join(map(str, self.dtypes))}")
         return self.dtypes[asked]

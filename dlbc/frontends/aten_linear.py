@@ -92,7 +92,7 @@ def einsum(at: Tracer, equation: str, tensors: Sequence[Operand], *, path: objec
         while len(set(letters)) < len(letters):
             repeated = next(c for c in letters if letters.count(c) > 1)
             first, second = [j for j, c in enumerate(letters) if c == repeated][:2]
-            x = diagonal(at, x, 0, first, second)
+            x = _diagonal(at, x, 0, first, second, type_of(x).shape[first])
             letters = letters[:first] + letters[first + 1:second] + letters[second + 1:] + repeated
         terms[i] = letters
         operands.append(x)
@@ -114,16 +114,14 @@ def _without_ones(at: Tracer, terms: list[str], i: int, tensors: Sequence[Operan
 @aten("diagonal", "diagonal_copy", "linalg_diagonal")
 def diagonal(at: Tracer, x: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Operand:
     """The diagonal of two axes, as a new last axis."""
-    rank, shape = type_of(x).rank, type_of(x).shape
-    first, second = positive(dim1, rank), positive(dim2, rank)
-    rest = [d for d in range(rank) if d not in (first, second)]
+    return _diagonal(at, x, offset, positive(dim1, type_of(x).rank), positive(dim2, type_of(x).rank), at.shape[-1])
+
+
+def _diagonal(at: Tracer, x: Operand, offset: int, first: int, second: int, length: Dim) -> Operand:
+    """Every (columns + 1)-th element of the flattened matrix."""
+    shape = type_of(x).shape
+    rest = [d for d in range(len(shape)) if d not in (first, second)]
     rows, columns = shape[first], shape[second]
-    if not isinstance(rows, int) or not isinstance(columns, int):
-        if offset or rows != columns:
-            raise at.unsupported("a diagonal of a matrix of unknown sizes", hint="compile with dynamic=False")
-        length: Dim = rows
-    else:
-        length = max(0, min(rows, columns - offset) if offset >= 0 else min(rows + offset, columns))
     start: Dim = offset if offset >= 0 else columns * -offset
     flat = at.reshape(at.permuted(x, (*rest, first, second)), shape=(*(shape[d] for d in rest), rows * columns))
     return _strided(at, flat, start, length, columns + 1)
@@ -382,8 +380,9 @@ def attention(at: Tracer, q: Operand, k: Operand, v: Operand, attn_mask: Operand
     causal = is_causal and query.shape[-2] == key.shape[-2]
     if is_causal and not causal:
         attn_mask = _causal_mask(at, query.shape[-2], key.shape[-2])
-    lead = _leading(at, query.shape[:-2], key.shape[:-2], value.shape[:-2], enable_gqa)
-    q, k, v = (_four(at, x, lead if x is q or not enable_gqa else (*lead[:-1], type_of(x).shape[-3])) for x in (q, k, v))
+    lead = at.shape[:-2]
+    groups = (*lead[:-1], key.shape[-3]) if enable_gqa else lead
+    q, k, v = _four(at, q, lead), _four(at, k, groups), _four(at, v, groups)
     if attn_mask is not None and query.rank != 4 and type_of(attn_mask).rank > 2:
         shape = type_of(attn_mask).shape
         attn_mask = at.expanded(attn_mask, (*lead, *shape[-2:]))
@@ -395,14 +394,6 @@ def _causal_mask(at: Tracer, queries: Dim, keys: Dim) -> Operand:
     """True where key j <= query i: [queries, keys]."""
     row = at.reshape(at.arange(stop=queries), shape=(queries, 1))
     return at.ge(row, at.arange(stop=keys))
-
-
-def _leading(at: Tracer, q: tuple[Dim, ...], k: tuple[Dim, ...], v: tuple[Dim, ...], grouped: bool) -> tuple[Dim, ...]:
-    """The axes before [T, D] that q, k and v broadcast to (the heads of q where queries are grouped)."""
-    lead = at.shape[:-2]
-    if grouped and len(q) < 1:
-        raise at.unsupported("grouped queries without a head axis")
-    return lead
 
 
 def _four(at: Tracer, x: Operand, lead: tuple[Dim, ...]) -> Operand:

@@ -12,8 +12,8 @@ Sizes = Sequence[Dim]
 
 
 @aten("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as",
-      "ravel", "atleast_1d", "atleast_2d", "atleast_3d", "view_copy", "unsqueeze_copy", "squeeze_copy", "_reshape_alias",
-      "_reshape_copy", "reshape_copy", "squeeze_", "unsqueeze_")
+      "ravel", "atleast_1d", "atleast_2d", "atleast_3d", "view_copy", "unsqueeze_copy", "squeeze_copy",
+      "_reshape_alias", "_reshape_copy", "reshape_copy", "squeeze_", "unsqueeze_")
 def view(at: Tracer, x: Operand, *_: object, **__: object) -> Operand:
     """The same elements under the shape the exporter found."""
     if type_of(x).dtype != at.out.dtype:
@@ -267,7 +267,7 @@ def pad_named(at: Tracer, x: Operand, padding: Sizes) -> Operand:
 
 
 def _pad_by_index(at: Tracer, x: Operand, pad: Sizes, mode: str) -> Operand:
-    """Take by computed positions, axis by axis: reflect `|i|` at both ends, replicate by clamping, circular by modulo."""
+    """Take by computed positions, axis by axis: reflected at both ends, clamped, or modulo the size."""
     rank = type_of(x).rank
     for i in range(0, len(pad), 2):
         before, after = pad[i], pad[i + 1]
@@ -314,7 +314,8 @@ def im2col(at: Tracer, x: Operand, kernel_size: Sequence[int], dilation: Sequenc
     if any(padding):
         x = at.pad(x, pads=((0, 0), (0, 0), *((p, p) for p in padding)))
     batch, channels, height, width = type_of(x).shape
-    down, across = ((size - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i, size in enumerate((height, width)))
+    down, across = ((size - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+                    for i, size in enumerate((height, width)))
     x = at.take(x, _windows(at, across, kernel_size[1], stride[1], dilation[1]), dim=3)
     x = at.take(x, _windows(at, down, kernel_size[0], stride[0], dilation[0]), dim=2)
     x = at.permute(x, dims=(0, 1, 3, 5, 2, 4))

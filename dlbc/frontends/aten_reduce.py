@@ -165,7 +165,8 @@ def softmax(at: Tracer, x: Operand, dim: int, dtype: object = None, half_to_floa
 
 
 @aten("topk")
-def topk(at: Tracer, x: Operand, k: Dim, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Operand, ...]:
+def topk(at: Tracer, x: Operand, k: Dim, dim: int = -1, largest: bool = True,
+         sorted: bool = True) -> tuple[Operand, ...]:
     """The k largest (or smallest) along an axis, and their indices."""
     return at.op("topk", x, k=k, dim=positive(dim, type_of(x).rank), largest=largest)
 

@@ -38,8 +38,9 @@ from dlbc.frontends.inputs import (
     text_shape,
     value_name,
 )
+from dlbc.frontends.quiet import quiet
 from dlbc.frontends.sizes import Sizes
-from dlbc.frontends.translate import Translation, weight_operand
+from dlbc.frontends.translate import Translation, unknown, weight_operand
 from dlbc.ir.core import Graph, Operand, Section, Value, Weight
 from dlbc.ir.dims import symbols
 from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, OutputSpec, TensorSpec, Tree
@@ -47,6 +48,9 @@ from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, Ou
 __all__ = ["Imported", "import_model", "normalise"]
 
 log = logging.getLogger(__name__)
+
+_ROUNDS = 5
+"""How often operators without a handler are decomposed: what one decomposes into may need it again."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
     if not named:
         raise ExportError("the example inputs hold no tensor", hint="give the inputs that the model runs on")
     capture = _Capture(model, signature, bound, named)
-    with torch.no_grad(), evaluating(model):
+    with quiet(), torch.no_grad(), evaluating(model):
         program, sizes, static = capture.run(dynamic_axes(named, dynamic))
         return _imported(capture, program, sizes, static, tuple(injected))
 
@@ -104,7 +108,7 @@ class _Capture:
 
     def run(self, axes: Axes) -> tuple[ExportedProgram, Sizes, dict[str, str]]:
         """The program, names of its sizes, and the axes that had to become static with the reasons."""
-        static: dict[str, str] = {}
+        static: dict[tuple[str, int], str] = {}
         while True:
             try:
                 program = self.export(axes)
@@ -112,19 +116,17 @@ class _Capture:
                 fewer = _more_static(axes)
                 if fewer is None:
                     raise explained(problem, self.model) from problem
-                reason = f"the model cannot be captured with it dynamic ({brief(problem)})"
+                gone = dict.fromkeys(_missing(axes, fewer), f"the capture failed with it dynamic: {brief(problem)}")
             else:
                 sizes, fixed = self.sizes(program, axes)
-                again = {key: reason for key, reason in fixed.items() if self._changed(*key)}
-                static |= {f"{name}.{axis}": reason for (name, axis), reason in fixed.items()}
-                if not again:
-                    for key, why in static.items():
-                        log.info("axis %s is static: %s", key, why)
-                    return program, sizes, static
-                fewer = _without(axes, again)
-                reason = ""
-            static |= {f"{name}.{axis}": reason for name, own in axes.items() for axis in own
-                       if axis not in fewer.get(name, ()) and f"{name}.{axis}" not in static}
+                static |= fixed
+                gone = {key: reason for key, reason in fixed.items() if not self.kept(program, *key)}
+                if not gone:
+                    for (name, axis), reason in static.items():
+                        log.info("axis %d of input `%s` is static: %s", axis, name, reason)
+                    return program, sizes, {f"{name}.{axis}": reason for (name, axis), reason in static.items()}
+                fewer = _without(axes, gone)
+            static |= {key: reason for key, reason in gone.items() if key not in static}
             axes = fewer
 
     def export(self, axes: Axes) -> ExportedProgram:
@@ -132,12 +134,12 @@ class _Capture:
         self.examples = enlarged(self.named, axes)
         values = {name: mapped(value, name, lambda path, _: self.examples[path]) for name, value in self.bound.items()}
         args, kwargs = self.call(values)
-        shapes = ShapesCollection()
+        shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         for name, own in axes.items():
-            shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)  # type: ignore[attr-defined]
+            shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)
         spec = shapes.dynamic_shapes(self.model, args, kwargs) if axes else None
         program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
-        return program.run_decompositions({})
+        return _functional(program)
 
     def call(self, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
         """Values by parameter as a call: all by name, except what `*args` forces to be positional."""
@@ -149,28 +151,31 @@ class _Capture:
     def sizes(self, program: ExportedProgram, axes: Axes) -> tuple[Sizes, dict[tuple[str, int], str]]:
         """Names of the program's symbols; and the dynamic axes that are not plain symbols, with the reason."""
         sizes, fixed = Sizes(), dict[tuple[str, int], str]()
-        shapes = {name: self.fakes(program)[name].shape for name in axes}
-        wanted = sorted(((role(self.named[name], axis), name, axis) for name, own in axes.items() for axis in own),
-                        key=lambda entry: ("BT".find(entry[0]) % 3, ))
-        free, kind_sizes = 0, dict[str, int]()
+        fakes = self.fakes(program)
+        wanted = [(role(self.named[name], axis), name, axis) for name, own in axes.items() for axis in own]
+        wanted.sort(key=lambda entry: ("B", "T", "").index(entry[0]))
+        free, examples = 0, dict[str, int]()
         for kind, name, axis in wanted:
-            size = shapes[name][axis]
-            if isinstance(size, int):
-                fixed[name, axis] = f"the model works for size {size} only"
-                continue
-            expression = size.node.expr
-            if not expression.is_Symbol or str(expression) in sizes.names:
+            expression = _expression(fakes[name].shape[axis])
+            if expression is None or not expression.is_Symbol or str(expression) in sizes.names:
                 continue
             example = self.examples[name].shape[axis]
-            ours = kind if kind and kind_sizes.setdefault(kind, example) == example else ""
+            ours = kind if kind and examples.setdefault(kind, example) == example else ""
             if not ours:
                 ours, free = f"s{free}", free + 1
             sizes.add(expression, ours, _bounds(program, expression))
         for _, name, axis in wanted:
-            size = shapes[name][axis]
-            if not isinstance(size, int) and any(str(s) not in sizes.names for s in size.node.expr.free_symbols):
-                fixed[name, axis] = f"the model takes only sizes of the form {size}"
+            expression = _expression(fakes[name].shape[axis])
+            if expression is None:
+                fixed[name, axis] = f"the model takes no other size than {int(fakes[name].shape[axis])} there"
+            elif any(str(symbol) not in sizes.names for symbol in expression.free_symbols):
+                fixed[name, axis] = f"the model takes only sizes of the form {expression} there"
         return sizes, fixed
+
+    def kept(self, program: ExportedProgram, name: str, axis: int) -> bool:
+        """Whether a static axis has the size of the user's example."""
+        size = self.fakes(program)[name].shape[axis]
+        return _expression(size) is None and int(size) == self.named[name].shape[axis]
 
     def fakes(self, program: ExportedProgram) -> dict[str, Tensor]:
         """The exporter's fake tensors of the inputs by our names."""
@@ -185,11 +190,6 @@ class _Capture:
         slots = {path: slot.name for name, value in self.signature.bind(args, kwargs).items()
                  for path, slot in _slots(value, name)}
         return {path: slots[path] for path in self.named}
-
-    def _changed(self, name: str, axis: int) -> bool:
-        """Whether the attempt's size of an axis differs from the user's, or is no plain size: it must not be fixed."""
-        return self.examples[name].shape != self.named[name].shape or not isinstance(
-            self.examples[name].shape[axis], int)
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,39 @@ def _more_static(axes: Axes) -> Axes | None:
     """Fewer dynamic axes to try: first the batch alone, then none; None when there are none."""
     if not axes:
         return None
-    batch = {name: (0,) for name, own in axes.items() if 0 in own}
+    batch: Axes = {name: (0,) for name, own in axes.items() if 0 in own}
     return batch if any(own != (0,) for own in axes.values()) else {}
 
 
 def _without(axes: Axes, gone: Mapping[tuple[str, int], str]) -> Axes:
     kept = {name: tuple(axis for axis in own if (name, axis) not in gone) for name, own in axes.items()}
     return {name: own for name, own in kept.items() if own}
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without in-place operators. Operators that we have no handler for are decomposed where torch
+    knows how, all others stay as they are."""
+    known: Any = torch.export.default_decompositions()
+    table: dict[Any, Any] = {}
+    for _ in range(_ROUNDS):
+        more = {target: known[target] for target in unknown(program.graph_module) if target in known}
+        if table and not more.keys() - table.keys():
+            break
+        table |= more
+        program = program.run_decompositions(dict(table))
+        if not unknown(program.graph_module):
+            break
+    return program
+
+
+def _missing(axes: Axes, fewer: Axes) -> list[tuple[str, int]]:
+    return [(name, axis) for name, own in axes.items() for axis in own if axis not in fewer.get(name, ())]
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    """The sympy expression of a size, None where it is a number."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return None if expression is None or expression.is_Integer else expression
 
 
 def _bounds(program: ExportedProgram, expression: Any) -> tuple[int, int]:

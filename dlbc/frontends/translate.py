@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import PurePath
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import fx
@@ -21,6 +21,7 @@ from dlbc.ir.dims import Sym
 
 FAMILIES = ("aten_elementwise", "aten_create", "aten_reduce", "aten_linear", "aten_moves", "aten_index")
 
+E = TypeVar("E")
 Known: TypeAlias = "Operand | tuple[Operand, ...] | fx.GraphModule"
 
 _TORCH = str(PurePath(torch.__file__).parent)
@@ -81,7 +82,7 @@ class Translation:
     def _result(self, module: fx.GraphModule, node: fx.Node) -> Known:
         target, meta = node.target, node.meta.get("val")
         if isinstance(target, torch._ops.HigherOrderOperator):
-            return self._region(target.name(), node)
+            return self._region(str(target), node)
         if target is operator.getitem:
             return self._item(node)
         if isinstance(meta, torch.SymBool):
@@ -93,11 +94,11 @@ class Translation:
         if not isinstance(target, torch._ops.OpOverload):
             raise UnsupportedOpError(f"`{getattr(target, '__name__', target)}` is not an ATen operator",
                                      where=self.at.origin)
-        packet = target._schema.name.partition("::")[2]
+        packet = _names(target)[1]
         if packet in _CHECKS or packet in _SIZES:
             return None
         handler = _handler(target, self.at)
-        self.at.target, self.at.dtypes = f"{packet}.{target._overloadname}", dict(DTYPES)
+        self.at.target, self.at.dtypes = f"{packet}.{target._overloadname}", DTYPES
         self.at.expected = self._expected(meta)
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         try:
@@ -138,8 +139,8 @@ class Translation:
     def _known(self, node: fx.Node) -> Any:
         found = self.known[node]
         if found is None and node.meta.get("val") is not None and not isinstance(node.meta["val"], torch.SymBool):
-            raise UnsupportedOpError(f"`{node.args[0] if node.args else node}` is used for a result that is not supported",
-                                     where=self.at.origin, hint="e.g. the indices of a max pool")
+            raise UnsupportedOpError(f"`{node}` is used, a result that is not supported",
+                                     where=self.at.origin, hint="the indices of a max pool, for instance")
         return found
 
     def _item(self, node: fx.Node) -> Known:
@@ -207,24 +208,51 @@ class Translation:
 
     def _stem(self, op: Op, is_last: bool) -> str:
         own = op.place.rpartition(".")[2]
-        speaks = is_last and op.place in self.leaves and re.fullmatch(r"[A-Za-z_]\w*", own)
+        speaks = is_last and op.place in self.leaves and re.fullmatch(r"(?!([A-Z]|s\d+)$)[A-Za-z_]\w*", own)
         return own if speaks else op.name
 
 
 def _handler(target: torch._ops.OpOverload, at: Tracer) -> Handler:
     """The handler of an ATen overload. UnsupportedOpError, with a remedy, when there is none."""
+    full = f"{_names(target)[1]}.{target._overloadname}"
+    found = _entry(target, UNSUPPORTED)
+    if found is not None:
+        raise UnsupportedOpError(f"`aten.{full}` is not supported", where=at.origin, hint=found)
+    handler = _entry(target, TABLE)
+    if handler is not None:
+        return handler
+    raise UnsupportedOpError(f"`{_names(target)[0]}.{full}` is not supported", where=at.origin,
+                             hint="write this part of the model with other operators, "
+                                  "or add a handler in dlbc/frontends")
+
+
+def unknown(module: fx.GraphModule) -> set[torch._ops.OpOverload]:
+    """The operators of an exported program that have neither a handler nor a known reason to have none."""
+    found = set()
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and not (
+                    _names(target)[1] in _CHECKS | _SIZES or _entry(target, TABLE) or _entry(target, UNSUPPORTED)):
+                found.add(target)
+    return found
+
+
+def _names(target: torch._ops.OpOverload) -> tuple[str, str]:
+    """Namespace and name of an operator: `aten`, `add`."""
+    namespace, _, packet = target._schema.name.partition("::")
+    return namespace, packet
+
+
+def _entry(target: torch._ops.OpOverload, table: Mapping[str, E]) -> E | None:
+    """What a table has for an overload, else for all overloads of its operator."""
     for family in FAMILIES:
         import_module(f"dlbc.frontends.{family}")
-    namespace, _, packet = target._schema.name.partition("::")
-    full = f"{packet}.{target._overloadname}"
-    if namespace == "aten":
-        for name in (full, packet):
-            if name in UNSUPPORTED:
-                raise UnsupportedOpError(f"`aten.{full}` is not supported", where=at.origin, hint=UNSUPPORTED[name])
-            if name in TABLE:
-                return TABLE[name]
-    raise UnsupportedOpError(f"`{namespace}.{full}` is not supported", where=at.origin,
-                             hint="write this part of the model with other operators, or add a handler in dlbc/frontends")
+    namespace, packet = _names(target)
+    if namespace != "aten":
+        return None
+    own = table.get(f"{packet}.{target._overloadname}")
+    return table.get(packet) if own is None else own
 
 
 def provenance(node: fx.Node) -> tuple[str, str, str, tuple[str, str]]:

@@ -283,7 +283,7 @@ class _Verifier:
                       "write `of %h` after its operands")
         if scope.name != "relevance":
             return  # in a function, `of` names a value of another function
-        if op.name in _BOOKKEEPING:
+        if op.name in _BOOKKEEPING and (op.name != "rel.sum" or op.rule is None):  # a forward `sum` has a rule
             explained = _explained(self.forward_types[op.of])
             self.computed(op, [explained], scope)
             for operand in op.operands:

@@ -13,6 +13,7 @@ from typing import ClassVar
 from dlbc.errors import IRError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Value, Weight
+from dlbc.ir.dims import Dim, product
 from dlbc.ir.ops import attr, axis, definition, infer
 from dlbc.passes import Pass, register
 from dlbc.passes.match import Dataflow, build, floating, orders, replace_ops, type_of
@@ -26,7 +27,8 @@ class Canonicalise(Pass):
     """Remove moves and arithmetic that do nothing, join chains of moves, make literals of filled scalars.
 
     Also: a product with a constant matrix is a `linear`, a constant vector added to it is its bias, and
-    reshapes around a `linear` that only fold its leading axes (GPT-2's Conv1D) go.
+    reshapes around it that only fold its leading axes (GPT-2's Conv1D) go. Heads are split off before a
+    permute, and q, k, v that one layer gives are slices of its result.
     """
 
     name: ClassVar[str] = "canonicalise"
@@ -103,22 +105,102 @@ def _swapped(op: Op, flow: Dataflow, at: Builder) -> Operand:
 def _reshape(op: Op, flow: Dataflow, at: Builder) -> Operand:
     inner = flow.op(op.operands[0], "reshape")
     if inner is not None:
-        x = inner.operands[0]
-        return x if type_of(x) == op.result.type else at.reshape(x, shape=op.attrs["shape"])
-    return _unfolded_linear(op, flow, at)
+        return _viewed(at, inner.operands[0], op.result.type.shape)
+    return _unfolded_linear(op, flow, at) or _split_first(op, flow, at) or _dropped_first(op, flow, at)
+
+
+def _viewed(at: Builder, x: Operand, shape: tuple[Dim, ...]) -> Operand:
+    return x if type_of(x).shape == shape else at.reshape(x, shape=shape)
 
 
 def _unfolded_linear(op: Op, flow: Dataflow, at: Builder) -> Operand:
-    """reshape(linear(reshape(x, [-1, in])), [..., out]) is linear(x)."""
+    """reshape(linear(reshape(x, [-1, in])), [..., out]) is linear of x in the shape [..., in]."""
     linear = flow.op(op.operands[0], "linear")
     folded = flow.op(linear.operands[0], "reshape") if linear is not None and flow.single(linear.result) else None
-    if linear is None or folded is None:
+    if linear is None or folded is None or op.result.type.shape[-1:] != linear.result.type.shape[-1:]:
         return None
-    x, shape = folded.operands[0], op.result.type.shape
-    before = type_of(x).shape
-    if not shape or before[:-1] != shape[:-1] or before[-1:] != folded.result.type.shape[-1:]:
-        return None
+    x = _viewed(at, folded.operands[0], (*op.result.type.shape[:-1], folded.result.type.shape[-1]))
     return at.linear(x, *linear.operands[1:], place=linear.place)
+
+
+def _split_first(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """Heads split off after a permute (nn.MultiheadAttention folds them into the batch) split off before it."""
+    permute = flow.op(op.operands[0], "permute")
+    groups = split(permute.result.type.shape, op.result.type.shape) if permute is not None else None
+    if permute is None or groups is None or not any(sum(size != 1 for size in group) > 1 for group in groups):
+        return None
+    order = _axes(permute)
+    before = [groups[order.index(a)] for a in range(len(order))]
+    starts = [sum(map(len, before[:a])) for a in range(len(order))]
+    x = _viewed(at, permute.operands[0], tuple(size for group in before for size in group))
+    return at.permute(x, dims=tuple(starts[a] + k for a in order for k in range(len(before[a]))))
+
+
+def _dropped_first(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """Axes of size 1 that go after a permute go before it, where they came from a reshape."""
+    permute = flow.op(op.operands[0], "permute")
+    if permute is None or flow.op(permute.operands[0], "reshape") is None:
+        return None
+    order, before = _axes(permute), type_of(permute.operands[0]).shape
+    left = [a for a in order if before[a] != 1]
+    if tuple(before[a] for a in left) != op.result.type.shape:
+        return None
+    kept = sorted(left)
+    x = _viewed(at, permute.operands[0], tuple(before[a] for a in kept))
+    return x if kept == left else at.permute(x, dims=tuple(kept.index(a) for a in left))
+
+
+def split(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> list[tuple[Dim, ...]] | None:
+    """The axes of `after` that each axis of `before` is split into, where a reshape only splits axes."""
+    groups: list[tuple[Dim, ...]] = []
+    position = 0
+    for size in before:
+        end = position + 1
+        while end <= len(after) and product(after[position:end]) != size:
+            end += 1
+        if end > len(after):
+            return None
+        groups.append(after[position:end])
+        position = end
+    return groups if position == len(after) else None
+
+
+def _select(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """Of a permute: before it. Of the parts that an axis was split into (q, k, v in one layer): a slice."""
+    inner = flow.op(op.operands[0], "permute", "reshape")
+    index, rank = op.attrs["index"], op.result.type.rank + 1
+    dim = axis(rank, op.attrs["dim"]) if isinstance(op.attrs["dim"], int) else 0
+    if inner is None or not isinstance(index, int):
+        return None
+    x = inner.operands[0]
+    if inner.name == "permute":
+        order = _axes(inner)
+        part = _selected(x, order[dim], index, flow, at) or at.select(x, dim=order[dim], index=index)
+        dims = tuple(a - (a > order[dim]) for k, a in enumerate(order) if k != dim)
+        return part if dims == tuple(range(rank - 1)) else at.permute(part, dims=dims)
+    return _selected(op.operands[0], dim, index, flow, at)
+
+
+def _selected(x: Operand, dim: int, index: int, flow: Dataflow, at: Builder) -> Operand:
+    """select(x) where x is a reshape that split an axis, this being the outermost part."""
+    reshape = flow.op(x, "reshape")
+    if reshape is None:
+        return None
+    whole, after = reshape.operands[0], reshape.result.type.shape
+    kept = tuple(size for size in after if size != 1)
+    groups = split(tuple(size for size in type_of(whole).shape if size != 1), kept)
+    parts = after[dim]
+    if groups is None or not isinstance(parts, int) or parts == 1 or 1 in type_of(whole).shape:
+        return None
+    starts = [sum(map(len, groups[:g])) for g in range(len(groups))]
+    place = sum(size != 1 for size in after[:dim])
+    if place not in starts:
+        return None
+    along = starts.index(place)
+    step = product(groups[along][1:])
+    index = index + parts if index < 0 else index
+    part = at.slice_(whole, dim=along, start=index * step, stop=(index + 1) * step)
+    return _viewed(at, part, (*after[:dim], *after[dim + 1:]))
 
 
 def _permute(op: Op, flow: Dataflow, at: Builder) -> Operand:
@@ -163,14 +245,14 @@ def _not(op: Op, flow: Dataflow, at: Builder) -> Operand:
 
 
 def _matmul(op: Op, flow: Dataflow, at: Builder) -> Operand:
-    """x @ W with a constant matrix W."""
+    """x @ W with a constant matrix W; relevance, which multiplies by forward weights as they lie, keeps it."""
     x, weight = op.operands
     if not flow.constant(weight) or type_of(weight).rank != 2 or not floating(x):
         return None
     transposed = flow.op(weight, "permute")
     if transposed is not None:
         return at.linear(x, transposed.operands[0])
-    return at.linear(x, at.permute(weight, dims=(1, 0)))
+    return None if op.of else at.linear(x, at.permute(weight, dims=(1, 0)))
 
 
 def _add(op: Op, flow: Dataflow, at: Builder) -> Operand:
@@ -205,7 +287,7 @@ def _as_literal(operand: Operand, flow: Dataflow) -> Operand:
 
 
 _RULES: dict[str, Local] = {
-    "reshape": _reshape, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
+    "reshape": _reshape, "select": _select, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
     "logical_not": _not, "bitwise_not": _not, "matmul": _matmul, "add": _add, "mul": _swapped,
     "bitwise_and": _swapped, "logical_and": _swapped, "bitwise_or": _swapped, "logical_or": _swapped,
 }

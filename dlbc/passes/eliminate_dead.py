@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dlbc.ir.core import Graph, Section, Weight, values
 from dlbc.passes import Pass, register
-from dlbc.passes.rewrite import live
+from dlbc.passes.rewrite import live, with_saves
 
 
 @register
@@ -19,12 +19,10 @@ class EliminateDead(Pass):
 
     def run(self, graph: Graph) -> Graph:
         """The graph without dead ops, saves, weights and locations."""
+        if graph.relevance is not None:
+            body = live(graph.relevance.ops, graph.relevance.results)
+            graph = with_saves(replace(graph, relevance=replace(graph.relevance, body=body)))
         relevance, forward = graph.relevance, graph.forward
-        if relevance is not None:
-            relevance = replace(relevance, body=live(relevance.ops, relevance.results))
-            own = {r.name for op in forward.ops for r in op.results} | {p.name for p in forward.params}
-            saved = {v.name: v for op in relevance.ops for v in values(op.inputs) if v.name in own}
-            forward = replace(forward, saves=tuple(saved.values()))
         forward = replace(forward, body=live(forward.ops, (*forward.results, *forward.saves)))
         prepare = _prepared(graph.prepare, [forward] + ([relevance] if relevance else []))
         graph = replace(graph, prepare=prepare, forward=forward, relevance=relevance)

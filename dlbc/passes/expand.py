@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dlbc.errors import IRError, RuleError
 from dlbc.ir.core import Graph, Op, Rule, Value, values
-from dlbc.passes.carriers import MOVES, carriers
+from dlbc.passes.carriers import MOVES, carriers, data_operands
 from dlbc.passes.rules import RULES, Contributions, Expansion, Facts, load_rules, seeded
 
 
@@ -35,8 +35,16 @@ def expand_rule(op: Op, rule: Rule, incoming: Sequence[Value | None], known: Fac
     if len(contributed) != len(op.operands):
         raise IRError(f"rule `{rule.name}` of `{op.name}` gives {len(contributed)} contributions for "
                       f"{len(op.operands)} operands", where=f"#{op.place}")
-    return at, tuple(_checked(at, op, rule, operand, value)
-                     for operand, value in zip(op.operands, contributed, strict=True))
+    found = tuple(_checked(at, op, rule, operand, value)
+                  for operand, value in zip(op.operands, contributed, strict=True))
+    return at, found if any(v is not None for v in found) else _nothing(at, op)
+
+
+def _nothing(at: Expansion, op: Op) -> Contributions:
+    """Zeros to the first carrying operand, where all is absorbed: so the ledger still has the op."""
+    first = next(o for o in data_operands(op) if at.carries(o))
+    assert isinstance(first, Value)
+    return tuple(at.zeros(seeded(o.type)) if o is first else None for o in op.operands)
 
 
 def _checked(at: Expansion, op: Op, rule: Rule, operand: object, value: Value | None) -> Value | None:

@@ -11,7 +11,7 @@ from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Value
 from dlbc.passes import Pass, register
 from dlbc.passes.expand import expand_rule, facts
-from dlbc.passes.rewrite import live, names, substitute_op
+from dlbc.passes.rewrite import live, names, substitute_op, with_saves
 from dlbc.passes.rules import RULES, SEEDS, Expansion, load_rules
 
 Entry = tuple[str, str, str, str, str]
@@ -76,7 +76,8 @@ class _Lowering:
         final = {r.name: new for r in section.results if isinstance(new := self.replaced.get(r.name), Value)}
         self._restore_names(final)
         results = (*section.results, *(value for _, value in self.entries))
-        graph = replace(self.graph, relevance=replace(section, body=live(self.ops, results), results=results))
+        graph = with_saves(replace(
+            self.graph, relevance=replace(section, body=live(self.ops, results), results=results)))
         return graph.with_attrs(ledger=tuple(entry for entry, _ in self.entries)) if self.ledger else graph
 
     def step(self, op: Op) -> None:
@@ -88,7 +89,9 @@ class _Lowering:
         if op.name == "rel.sum" and op.rule is None:  # with a rule it belongs to a forward `sum`
             results: list[Value] = [_total(at, op.operands)]
         elif op.name == "rel.to_relevance":
-            results = [at.mul(op.operands[0], at.read(op.reads[0]))]
+            value, defined = at.read(op.reads[0]), self.forward.get(op.of)
+            masked = defined is not None and defined.name in ("add", "sub", "where")  # scores may be -inf there
+            results = [at.mul(op.operands[0], at.finite(value) if masked else value)]
         elif op.name == "rel.to_multiplier":
             results = [self._to_multiplier(at, op)]
         else:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import Dim, Sym
-from dlbc.ir.ops import attr, axis
+from dlbc.ir.ops import attr, axis, definition
+from dlbc.passes.canonicalise import split
 from dlbc.passes.mask_facts import FALSE, TRUE, Affine, Bound, Choice, Element, Fact, Look, Predicate
 from dlbc.passes.raise_attention import MASKED
 
@@ -22,7 +23,7 @@ class Facts:
 
     definitions: Mapping[str, Op]
     ranges: Mapping[str, tuple[int, int]]
-    _known: dict[str, Fact | None] = field(default_factory=dict)
+    known: dict[str, Fact | None] = field(default_factory=dict)
 
     def of(self, operand: Operand) -> Fact | None:
         """The fact of an operand; None for floating tensors that nothing is known of."""
@@ -34,13 +35,13 @@ class Facts:
             return Choice(TRUE, operand, operand)
         if operand is None or isinstance(operand, Weight):
             return _unknown(operand) if operand is not None else None
-        if operand.name not in self._known:
+        if operand.name not in self.known:
             op = self.definitions.get(operand.name)
             rule = _RULES.get(op.name) if op is not None else None
             fact = rule(self, op) if rule is not None and op is not None and op.result.name == operand.name else None
             known = _unknown(operand) if fact is None else _settled(fact, operand.type, self)
-            self._known[operand.name] = known
-        return self._known[operand.name]
+            self.known[operand.name] = known
+        return self.known[operand.name]
 
     def aligned(self, op: Op) -> list[Fact] | None:
         """Facts of all operands over the axes of the result, to which they broadcast."""
@@ -98,6 +99,8 @@ def _settled(fact: Fact, of: Type, facts: Facts) -> Fact:
     indices = [Affine(0, (0,) * rank) if size == 1 else _axis(k, rank) for k, size in enumerate(of.shape)]
     fact = fact.at(indices, rank)
     if isinstance(fact, Choice):
+        if fact.yes < fact.no:  # so that a mask is 0 where its predicate holds, however it was written
+            fact = Choice(fact.predicate.opposite(), fact.no, fact.yes)
         return replace(fact, predicate=_decided(fact.predicate, of.shape, facts))
     return _decided(fact, of.shape, facts) if isinstance(fact, Predicate) else fact
 
@@ -154,16 +157,51 @@ def _shape(operand: Operand) -> tuple[Dim, ...]:
 
 
 def _reshape(facts: Facts, op: Op) -> Fact | None:
+    """Axes of size 1 that come and go; axes that fold others and are split again."""
+    return _viewed(facts, op.operands[0], op.result.type)
+
+
+def _viewed(facts: Facts, x: Operand, wanted: Type) -> Fact | None:
+    """The fact of x in another shape. Elementwise ops are seen through where axes are only split."""
+    fact = _with_ones(facts, x, wanted.shape)
+    op = facts.definitions.get(x.name) if fact is None and isinstance(x, Value) else None
+    if op is None or isinstance(x, (int, float, Sym)) or x is None:
+        return fact
+    if op.name == "reshape":
+        return _viewed(facts, op.operands[0], wanted)
+    groups = split(x.type.shape, wanted.shape)
+    if groups is None or not definition(op.name).elementwise or op.name not in _RULES:
+        return None
+    operands: list[Operand] = []
+    for operand in op.operands:
+        if not isinstance(operand, (Value, Weight)):
+            operands.append(operand)
+            continue
+        own = groups[len(groups) - operand.type.rank:]
+        shape = tuple(1 if size == 1 else part for size, group in zip(operand.type.shape, own, strict=True)
+                      for part in group)
+        view = Value(f"{operand.name} as {shape}", Type(operand.type.dtype, shape))
+        part_fact = _viewed(facts, operand, view.type) if shape != operand.type.shape else facts.of(operand)
+        if part_fact is None:
+            return None
+        facts.known[view.name] = _settled(part_fact, view.type, facts)
+        operands.append(view)
+    result = Value(f"{x.name} as {wanted.shape}", Type(x.type.dtype, wanted.shape))
+    return _RULES[op.name](facts, Op(op.name, tuple(operands), (result,), op.attrs))
+
+
+def _with_ones(facts: Facts, x: Operand, after: tuple[Dim, ...]) -> Fact | None:
     """Only where axes of size 1 come and go."""
-    before, after = _shape(op.operands[0]), op.result.type.shape
+    before = _shape(x)
     old = [k for k, size in enumerate(before) if size != 1]
     new = [k for k, size in enumerate(after) if size != 1]
     if [before[k] for k in old] != [after[k] for k in new]:
         return None
     places = dict(zip(old, new, strict=True))
     rank = len(after)
-    return _moved(facts, op, [_axis(places[k], rank) if k in places else Affine(0, (0,) * rank)
-                              for k in range(len(before))])
+    fact = facts.of(x)
+    return fact.at([_axis(places[k], rank) if k in places else Affine(0, (0,) * rank)
+                    for k in range(len(before))], rank) if fact is not None else None
 
 
 def _permute(facts: Facts, op: Op) -> Fact | None:

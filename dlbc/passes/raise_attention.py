@@ -25,7 +25,7 @@ class RaiseAttention(Pass):
 
     Scores may be multiplied or divided by the scale, capped by tanh, masked by adding (transformers, T5's
     position bias) or by `where` with -inf or a very negative number; casts around the softmax go. A mask
-    must not carry relevance. k and v repeated for groups of query heads (expand and reshape) are read
+    must not carry relevance. k and v repeated for groups of query heads (expand, reshape) are read
     unrepeated, in front of an `attention` too. What has no head axis stays as it is.
 
     A row that sees no key is 0 in `attention`. Eager code that adds a very negative number gives the
@@ -166,24 +166,29 @@ def _grouped(op: Op, flow: Dataflow, at: Builder) -> Operand:
 
 def _without_repeats(k: Operand, v: Operand, flow: Dataflow, at: Builder) -> tuple[Operand, Operand] | None:
     """k and v before their heads were repeated, if both were, alike."""
-    sources = (_repeated(k, flow), _repeated(v, flow))
-    if sources[0] is None or sources[1] is None or type_of(sources[0]).shape[1] != type_of(sources[1]).shape[1]:
+    keys, values = _repeated(k, flow), _repeated(v, flow)
+    if keys is None or values is None or keys[1][1] != values[1][1]:
         return None
-    first, second = (at.reshape(s, shape=(*type_of(s).shape[:2], *type_of(s).shape[3:])) for s in sources)
+    first, second = (x if type_of(x).shape == shape else at.reshape(x, shape=shape) for x, shape in (keys, values))
     return first, second
 
 
-def _repeated(x: Operand, flow: Dataflow) -> Operand:
-    """[B,G,1,U,D] where x is [B,G*n,U,D], each of its heads n times in a row."""
-    joined = flow.op(x, "reshape")
-    repeated = flow.op(joined.operands[0], "expand") if joined is not None else None
-    if joined is None or repeated is None or repeated.result.type.rank != 5 or type_of(repeated.operands[0]).rank != 5:
+def _repeated(x: Operand, flow: Dataflow) -> tuple[Operand, tuple[Dim, ...]] | None:
+    """A tensor with the elements of [B,G,U,D], and that shape, where x is [B,G*n,U,D]: each head n times in a row."""
+    op = flow.op(x, "reshape", "expand")
+    if op is None:
         return None
-    batch, groups, count, *rest = repeated.result.type.shape
-    source = type_of(repeated.operands[0]).shape
-    if source != (batch, groups, 1, *rest) or joined.result.type.shape != (batch, groups * count, *rest):
+    batch, heads, *rest = op.result.type.shape
+    source = type_of(op.operands[0]).shape
+    if op.name == "expand":
+        return (op.operands[0], source) if source == (batch, 1, *rest) else None
+    repeated = flow.op(op.operands[0], "expand")
+    if repeated is None or repeated.result.type.rank != 5 or type_of(repeated.operands[0]).rank != 5:
         return None
-    return repeated.operands[0]
+    groups, count = repeated.result.type.shape[1:3]
+    fits = repeated.result.type.shape == (batch, groups, count, *rest) and groups * count == heads
+    fits = fits and type_of(repeated.operands[0]).shape == (batch, groups, 1, *rest)
+    return (repeated.operands[0], (batch, groups, *rest)) if fits else None
 
 
 def fits_scores(mask: Operand, q: Operand, k: Operand) -> bool:

@@ -107,3 +107,12 @@ def live(ops: Iterable[Op], wanted: Iterable[Value]) -> tuple[Op, ...]:
             needed |= {v.name for v in values(op.inputs)}
             kept.append(op)
     return tuple(reversed(kept))
+
+
+def with_saves(graph: Graph) -> Graph:
+    """The graph with `saves` that hold exactly the forward values its relevance section reads."""
+    if graph.relevance is None:
+        return graph
+    own = {p.name for p in graph.forward.params} | {r.name for op in graph.forward.ops for r in op.results}
+    read = {v.name: v for op in graph.relevance.ops for v in values(op.inputs) if v.name in own}
+    return replace(graph, forward=replace(graph.forward, saves=tuple(read.values())))

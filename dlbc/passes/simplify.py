@@ -12,6 +12,7 @@ from dlbc.ir.ops import attr, axes
 from dlbc.passes import Pass, register
 from dlbc.passes.canonicalise import local
 from dlbc.passes.match import Dataflow, floating, replace_ops, type_of
+from dlbc.passes.rewrite import with_saves
 
 _ZERO_TO_ZERO = frozenset({
     "reshape", "permute", "expand", "slice", "slice_adjoint", "select", "select_adjoint", "flip", "roll",
@@ -41,7 +42,7 @@ class Simplify(Pass):
         """The graph with its relevance section simplified."""
         if graph.relevance is None:
             return graph
-        return replace_ops(graph, _simplified, "relevance")
+        return with_saves(replace_ops(graph, _simplified, "relevance"))
 
 
 def _simplified(op: Op, flow: Dataflow, at: Builder) -> Operand:

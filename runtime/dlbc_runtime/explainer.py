@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlbc_runtime.arrays import Array, Arrays, as_numpy
+from dlbc_runtime.arrays import Array, Arrays, Json, as_numpy
 from dlbc_runtime.engines import Engine, engine
 from dlbc_runtime.errors import ArtifactError, InputError
 from dlbc_runtime.explained import Explained, Method
@@ -50,11 +51,13 @@ class Explainer:
     """
 
     def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *, default: Variant | None = None,
-                 build: Build | None = None, recompile: Recompile | None = None, draw: Draw | None = None) -> None:
+                 build: Build | None = None, recompile: Recompile | None = None, draw: Draw | None = None,
+                 recipe: Mapping[str, Json] | None = None) -> None:
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
         self._weights = dict(weights)
         self._build, self._recompile, self._draw = build, recompile, draw
+        self._recipe = dict(recipe or {})
         self._engine: Engine = engine(self.manifest.backend, self._weights)
         self._loaded: dict[Variant, _Loaded] = {}
         self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
@@ -72,6 +75,16 @@ class Explainer:
     def programs(self) -> Mapping[Variant, Program]:
         """The programs compiled so far, by variant."""
         return dict(self._programs)
+
+    @property
+    def default(self) -> Variant:
+        """The variant that calls run when they ask for nothing else."""
+        return self._default
+
+    @property
+    def recipe(self) -> Mapping[str, Json]:
+        """What the compiler was asked for, as JSON data: a saved explainer carries it."""
+        return dict(self._recipe)
 
     @property
     def weights(self) -> Mapping[str, Any]:
@@ -141,7 +154,13 @@ class Explainer:
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
-                         recompile=self._recompile, draw=self._draw)
+                         recompile=self._recompile, draw=self._draw, recipe=self._recipe)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """The compiled model alone: its outputs by name, and the positions [B, P] at which a sequence output is
+        computed (None: at all)."""
+        given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
+        return _Call(self, self._default, given, *as_targets(None), 1.0).forward()
 
     def _load(self, variant: Variant) -> _Loaded:
         with self._lock:
@@ -180,7 +199,7 @@ class Explainer:
             self._said.add(text)
             log.warning(text)
 
-    def save(self, path: str, *, weights: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], *, weights: bool = False) -> None:
         """Write this explainer as one zip file: manifest, IR, source; `weights=True` includes the numbers."""
         from dlbc_runtime.artifact import save
 
@@ -225,6 +244,15 @@ class _Call:
             rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
             method=Method(manifest.model, manifest.backend, self.multiplier,
                           {"forward": forwarded - started, "relevance": finished - forwarded}, manifest.versions))
+
+    def forward(self) -> tuple[dict[str, Any], Any]:
+        """The outputs alone, and the positions at which a sequence output is computed."""
+        explainer, loaded = self.explainer, self.explainer._load(self.variant)
+        with explainer._engine.running():
+            arguments, _ = self._with_positions(loaded.program.manifest)
+            results, _ = loaded.module.forward(explainer._weights, explainer._prepared(loaded), *arguments)
+        return (dict(zip(loaded.program.manifest.outputs.names, results, strict=False)),
+                arguments[-1] if len(arguments) > len(self.inputs) else None)
 
     def ledger(self) -> Ledger:
         """Run the same call again with the ledger kept."""

@@ -25,6 +25,8 @@ UNBOUNDED = 2**31 - 1
 _DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64",
            "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "bool"}
 
+_FULL = {short: name for name, short in _DTYPES.items()}
+
 
 class SizeError(InputError):
     """The shape of an input is one that the captured model was not made for."""
@@ -280,10 +282,10 @@ def _checked(spec: TensorSpec, value: Any, path: str) -> Any:
         raise InputError(f"`{path}` is {type(value).__name__}, not a tensor", hint=f"the model takes {spec}")
     if len(value.shape) != len(spec.shape):
         raise InputError(f"`{path}` has {len(value.shape)} axes {tuple(value.shape)}, the model takes "
-                         f"{len(spec.shape)}: {spec}", hint="add or remove an axis, e.g. `.unsqueeze(0)` for a batch of 1")
+                         f"{len(spec.shape)}: {spec}", hint="`.unsqueeze(0)` adds a batch axis of size 1")
     if dtype_name(value) != spec.dtype:
         raise InputError(f"`{path}` holds {dtype_name(value)}, the model takes {spec.dtype}",
-                         hint="convert it with `.to(dtype)`")
+                         hint=f"convert it with `.to(torch.{_FULL.get(spec.dtype, spec.dtype)})`")
     return value
 
 

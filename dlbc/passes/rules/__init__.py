@@ -31,7 +31,8 @@ RuleFunction: TypeAlias = Callable[..., Contributions]
 SEEDS = symbol("S")
 LARGE = 1e38
 """What stands for infinity: the sum of two is still a float32."""
-FAMILIES = ("linear", "sums", "products", "activations", "selections", "norms", "attention", "moves")
+FAMILIES = ("linear", "sums", "products", "activations", "selections", "norms", "attention", "moves",
+            "reductions")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from dlbc.ir.core import Attr, Op, Operand, Value
+from dlbc.ir.core import Attr, Op, Operand, Value, Weight
 from dlbc.ir.ops import definition
 from dlbc.passes.rules import Contributions, Expansion, only, rule
 
@@ -119,9 +119,10 @@ def _band(at: Expansion, x: Operand, low: float, high: float) -> Value:
 
 def _prelu_slope(at: Expansion, op: Op, x: Operand) -> Value:
     weight = at.read(op.operands[1])
+    assert isinstance(weight, (Value, Weight))
     shape = op.result.type.shape
-    wide = weight if weight.type.shape in ((), (1,)) else at.reshape(  # type: ignore[union-attr]
-        weight, shape=(shape[1], *(1,) * (len(shape) - 2)))
+    single = weight.type.rank == 0 or weight.type.shape == (1,)
+    wide = weight if single else at.reshape(weight, shape=(shape[1], *(1,) * (len(shape) - 2)))
     return at.where(at.gt(x, 0.0), 1.0, wide)
 
 
@@ -133,7 +134,8 @@ def _pow_gradient(at: Expansion, op: Op, m: Value) -> Contributions:
     if at.carries(base):
         apart = at.where(at.eq(x, 0.0), 1.0, x)
         at_zero = at.where(at.eq(p, 1.0), 1.0, 0.0) if hasattr(p, "type") else float(p == 1)
-        rate = at.where(at.eq(x, 0.0), at_zero, at.mul(at.pow(apart, at.sub(p, 1.0) if hasattr(p, "type") else p - 1), p))  # type: ignore[operator]
+        lower = at.sub(p, 1.0) if hasattr(p, "type") else p - 1  # type: ignore[operator]
+        rate = at.where(at.eq(x, 0.0), at_zero, at.mul(at.pow(apart, lower), p))
         to_base = _narrowed(at, op, 0, at.mul(m, rate))
     if at.carries(power):
         positive = at.gt(x, 0.0) if hasattr(x, "type") else bool(x > 0)  # type: ignore[operator]

@@ -242,7 +242,7 @@ def product_signal(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Con
 def product_share(at: Expansion, op: Op, r: Value) -> Contributions:
     """Half to each factor by the share |a_ik b_kj| of each term.  DL-Backtrace's split."""
     sizes = [at.abs(at.read(o)) for o in op.operands]
-    share = at.mul(at.shared(r, at.op(op.name, *sizes, **op.attrs)[0]), _part(at, op))
+    share = at.mul(at.shared(r, getattr(at, op.name)(*sizes, **op.attrs)), _part(at, op))
     return tuple(at.mul(size, found) for size, found in zip(sizes, _product(at, op, share, sizes), strict=True))
 
 

@@ -155,7 +155,8 @@ def _apply(linear: LinearMap, x: Operand) -> Value:
     operands.insert(linear.position, x)
     if linear.bias is not None:
         operands.append(linear.bias)
-    return linear.at.op(linear.op.name, *operands, **_attrs(linear.op))[0]
+    found: Value = getattr(linear.at, linear.op.name)(*operands, **_attrs(linear.op))
+    return found
 
 
 def _apply_rotary(linear: LinearMap, x: Operand) -> Value:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dlbc.ir.core import Op, Operand, Value, Weight
-from dlbc.ir.dims import Dim
+from dlbc.ir.core import Attr, Op, Operand, Value, Weight
+from dlbc.ir.dims import Dim, Sym
 from dlbc.ir.ops import attr, axis
 from dlbc.passes.rules import Contributions, Expansion, only, rule
 
@@ -29,7 +29,7 @@ def reshape(at: Expansion, op: Op, r: Value) -> Contributions:
 def permute(at: Expansion, op: Op, r: Value) -> Contributions:
     """The inverse order of axes."""
     rank = r.type.rank - 1
-    order = [axis(rank, d) for d in op.attrs["dims"]]  # type: ignore[union-attr, arg-type, misc]
+    order = _axes(op)
     return (at.permute(r, dims=(0, *(1 + order.index(d) for d in range(rank)))),)
 
 
@@ -70,23 +70,21 @@ def cat(at: Expansion, op: Op, r: Value) -> Contributions:
 @rule("pad", "move", form="any")
 def pad(at: Expansion, op: Op, r: Value) -> Contributions:
     """What lies on the padding is absorbed; what was cropped gets 0."""
-    pads = tuple((-before, -after) for before, after in op.attrs["pads"])  # type: ignore[union-attr, misc]
+    pads = tuple((-before, -after) for before, after in (_sizes(pair) for pair in _tuple(op, "pads")))
     return (at.pad(r, pads=((0, 0), *pads)),)
 
 
 @rule("flip", "move", form="any")
 def flip(at: Expansion, op: Op, r: Value) -> Contributions:
     """Reversed again."""
-    rank = len(_shape(op))
-    return (at.flip(r, dims=tuple(1 + axis(rank, d) for d in op.attrs["dims"])),)  # type: ignore[union-attr, arg-type]
+    return (at.flip(r, dims=tuple(1 + d for d in _axes(op))),)
 
 
 @rule("roll", "move", form="any")
 def roll(at: Expansion, op: Op, r: Value) -> Contributions:
     """Shifted back."""
-    rank = len(_shape(op))
-    return (at.roll(r, shifts=tuple(-s for s in op.attrs["shifts"]),  # type: ignore[union-attr]
-                    dims=tuple(1 + axis(rank, d) for d in op.attrs["dims"])),)  # type: ignore[union-attr, arg-type]
+    shifts = tuple(-s for s in _sizes(op.attrs["shifts"]))
+    return (at.roll(r, shifts=shifts, dims=tuple(1 + d for d in _axes(op))),)
 
 
 @rule("triangle", "move", form="any")
@@ -159,6 +157,21 @@ def _seeded_index(at: Expansion, index_: Operand, r: Value) -> Value:
 
 def _shape(op: Op) -> tuple[Dim, ...]:
     return op.operands[0].type.shape  # type: ignore[union-attr]
+
+
+def _tuple(op: Op, name: str) -> tuple[Attr, ...]:
+    found = attr(op, name)
+    assert isinstance(found, tuple)
+    return found
+
+
+def _sizes(found: Attr) -> tuple[Dim, ...]:
+    assert isinstance(found, tuple)
+    return tuple(d for d in found if isinstance(d, (int, Sym)))
+
+
+def _axes(op: Op) -> tuple[int, ...]:
+    return tuple(axis(len(_shape(op)), d) for d in _tuple(op, "dims") if isinstance(d, int))
 
 
 def _axis(op: Op) -> int:

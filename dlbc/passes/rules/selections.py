@@ -42,7 +42,7 @@ def extremum(at: Expansion, op: Op, r: Value) -> Contributions:
 def max_pool(at: Expansion, op: Op, r: Value) -> Contributions:
     """To the winner of each window, equally among ties."""
     attrs = dict(op.attrs) if op.name == "max_pool" else {}
-    return only(op, 0, at.op(f"{op.name}_adjoint", r, at.read(op.operands[0]), at.read(op.result), **attrs)[0])
+    return only(op, 0, getattr(at, f"{op.name}_adjoint")(r, at.read(op.operands[0]), at.read(op.result), **attrs))
 
 
 @rule(("amax", "amin", "max_with_index", "min_with_index"), "select", form="any")

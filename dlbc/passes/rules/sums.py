@@ -41,7 +41,7 @@ def equal(at: Expansion, op: Op, r: Value) -> Contributions:
 
 
 def _signed_terms(at: Expansion, op: Op, m: Value) -> Contributions:
-    found = []
+    found: list[Value | None] = []
     for position, operand in enumerate(op.operands):
         own = at.neg(m) if op.name == "sub" and position == 1 else m
         if at.carries(operand):
@@ -93,7 +93,7 @@ def added_absolute(at: Expansion, op: Op, r: Value) -> Contributions:
     """R_a = |a| R_y / sum |terms|, over the terms that were added into y.  DL-Backtrace, arXiv 2411.12643."""
     base, source = _parts(op)
     sizes = {i: _size(at, o, False) for i, o in ((0, base), (source, op.operands[source]))}
-    total = at.op(op.name, *(sizes.get(i, o) for i, o in enumerate(op.operands)), **op.attrs)[0]
+    total: Value = getattr(at, op.name)(*(sizes.get(i, o) for i, o in enumerate(op.operands)), **op.attrs)
     return _added(at, op, at.shared(r, total), sizes)
 
 
@@ -106,7 +106,7 @@ def _added(at: Expansion, op: Op, m: Value, factors: dict[int, Operand] | None =
         wide = at.expand(index, shape=(m.type.shape[0], *index.type.shape))
         fetched = at.gather(m, wide, dim=dim + 1 if dim >= 0 else dim)
     else:
-        dims = tuple(d + 1 for d in attr(op, "dims"))  # type: ignore[union-attr, operator, misc]
+        dims = tuple(d + 1 for d in attr(op, "dims"))  # type: ignore[union-attr, operator]
         fetched = at.index(m, *op.operands[2:], dims=dims)
     found: list[Value | None] = [None] * len(op.operands)
     for position, operand, amount in ((0, base, m), (source, op.operands[source], fetched)):

@@ -6,11 +6,12 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from rich.color import Color
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
 from rich.style import Style
 from rich.table import Table
@@ -28,6 +29,7 @@ BAR = 18  # columns on each side of zero
 LISTED = 8  # bars below a text
 FEATURES = 24  # bars of a table
 THUMBNAIL = 36  # columns of a heat map
+NUMBERS = 29  # columns of the numbers beside it
 WEAK = 0.03  # below this strength a token keeps the terminal's own colours
 
 Theme = Literal["auto", "light", "dark"]
@@ -39,8 +41,9 @@ def show(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8) -> N
         Console().print(render(explanation, theme=theme, rows=rows))
 
 
-def render(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8) -> RenderableType:
-    """What `show` prints: at most `rows` batch rows, each for all its targets."""
+def render(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8, listed: int | None = None
+           ) -> RenderableType:
+    """What `show` prints: at most `rows` batch rows, each for all its targets; `listed` bars below each."""
     dark = theme == "dark" or (theme == "auto" and _dark_terminal())
     scale = colour.DARK if dark else colour.LIGHT
     parts: list[RenderableType] = []
@@ -51,7 +54,7 @@ def render(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8) ->
         for panel in card.panels:
             several = len(card.panels) > 1
             parts += [Line(f"  {panel.input}", style="bold")] if several else []
-            parts += [Padding(part, (0, 0, 0, 2)) for part in _panel(panel, scale)] + [Line()]
+            parts += [Padding(part, (0, 0, 0, 2)) for part in _panel(panel, scale, listed)] + [Line()]
     hidden = explanation.rows - rows
     if hidden > 0:
         parts.append(Line(f"… {hidden} more {'row' if hidden == 1 else 'rows'}", style="dim"))
@@ -71,18 +74,18 @@ def _heading(explanation: Explanation, card: Card) -> Line:
     return line.append(f", rules {explanation.rules}" if explanation.rules else "", style="dim")
 
 
-def _panel(panel: Panel, scale: colour.Scale) -> Iterable[RenderableType]:
+def _panel(panel: Panel, scale: colour.Scale, listed: int | None) -> Iterable[RenderableType]:
     match panel:
         case Text():
             yield _tokens(panel, scale)
             yield Line()
             yield _legend(panel, scale)
             yield Line()
-            places = strongest(panel.relevance, LISTED, "absolute")
+            places = strongest(panel.relevance, LISTED if listed is None else listed, "absolute")
             yield _bars([(f"{visible(panel.tokens[place])}", str(place), float(panel.relevance[place]))
                          for place in places], panel.limit)
         case Features():
-            places = strongest(panel.relevance, FEATURES, "absolute")
+            places = strongest(panel.relevance, FEATURES if listed is None else listed, "absolute")
             values = panel.values
             yield _bars([(panel.names[place], "" if values is None else number(values[place]),
                           float(panel.relevance[place])) for place in places], panel.limit)
@@ -93,7 +96,7 @@ def _panel(panel: Panel, scale: colour.Scale) -> Iterable[RenderableType]:
             yield _legend(panel, scale)
         case Picture():
             heat = colour.HEAT_DARK if scale is colour.DARK else colour.HEAT
-            yield _picture(panel, heat)
+            yield _Fitted(panel, heat)
             yield Line()
             yield _legend(panel, heat)
 
@@ -150,10 +153,22 @@ def _bar(relevance: float, limit: float) -> Line:
     return Line().append((half + "█" * whole).rjust(BAR), style=style).append("│", style="dim")
 
 
-def _picture(panel: Picture, scale: colour.Scale) -> Table:
+@dataclass(frozen=True)
+class _Fitted:
+    """A picture drawn as wide as the terminal allows."""
+
+    panel: Picture
+    scale: colour.Scale
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        pictures = 1 if self.panel.pixels is None else 2
+        yield _picture(self.panel, self.scale, (options.max_width - NUMBERS) // pictures - 2)
+
+
+def _picture(panel: Picture, scale: colour.Scale, room: int) -> Table:
     """The image and its heat map in half blocks, two pixels to a character, with the main numbers beside."""
     height, width = panel.relevance.shape
-    columns = min(THUMBNAIL, max(width, 8))
+    columns = max(8, min(THUMBNAIL, width, room))
     lines = max(1, round(columns * height / width / 2))
     finite = np.nan_to_num(panel.relevance)
     small = resized(finite, 2 * lines, columns)

@@ -1,0 +1,1 @@
+"""The commands of `dlbc`, one file per group. Heavy imports stand inside the functions: `--help` must be quick."""

@@ -1,0 +1,142 @@
+"""What several commands do: options, progress, compiling, showing and keeping an explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dlbc.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dlbc_runtime.explainer import Explainer
+    from dlbc_runtime.explanation import Explanation
+
+_HOW, _OUT = "How to explain", "Where to put it"
+
+Model = Annotated[str, typer.Option("--model", "-m", show_default=False)]
+Rules = Annotated[str, typer.Option("--rules", "-r", rich_help_panel=_HOW,
+                                    help="A preset: auto, attnlrp, cp-lrp, epsilon, dlb, dlb-0.1, input-x-gradient.")]
+Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch or numpy.")]
+Device = Annotated[str, typer.Option("--device", rich_help_panel=_HOW, help="A torch device, e.g. cpu or cuda.")]
+Fallback = Annotated[str | None, typer.Option(
+    "--fallback", rich_help_panel=_HOW, help="`gradient`: pass operations without a rule by their gradient.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", rich_help_panel=_HOW, help="Reuse compiled explainers.")]
+Top = Annotated[int, typer.Option("--top", rich_help_panel=_OUT, min=0, help="How many of the strongest to list.")]
+Html = Annotated[Path | None, typer.Option("--html", rich_help_panel=_OUT, help="Write a page, complete in one file.")]
+Png = Annotated[Path | None, typer.Option("--png", rich_help_panel=_OUT, help="Write a picture.")]
+Save = Annotated[Path | None, typer.Option("--save", rich_help_panel=_OUT,
+                                           help="Write the numbers: .safetensors or .json; loads again.")]
+Check = Annotated[bool, typer.Option("--check", rich_help_panel=_OUT,
+                                     help="Check conservation: fail unless all relevance is accounted for.")]
+Tolerance = Annotated[float, typer.Option("--tolerance", rich_help_panel=_OUT, min=0.0,
+                                          help="Of --check, relative to the amounts in play.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an explanation goes."""
+
+    top: int = 10
+    html: Path | None = None
+    png: Path | None = None
+    save: Path | None = None
+    check: bool = False
+    tolerance: float = 1e-4
+
+    def check_names(self) -> None:
+        """InputError, before any work, for a file that could not be written at the end."""
+        for path, suffixes in ((self.html, (".html",)), (self.png, (".png",)), (self.save, (".safetensors", ".json"))):
+            if path is None:
+                continue
+            if path.suffix.lower() not in suffixes:
+                raise typer.BadParameter(f"{path} must end in {' or '.join(suffixes)}")
+            if not path.absolute().parent.is_dir():
+                raise InputError(f"there is no folder {path.absolute().parent}", hint="create it, or write elsewhere")
+
+    def deliver(self, explanation: Explanation) -> None:
+        """Show the explanation, write its files, and with `check` fail when its ledger does not close."""
+        from dlbc_runtime.views.terminal import render
+
+        out = console()
+        if self.check:
+            with working("checking conservation"):
+                explanation.conservation()
+        out.print(render(explanation, listed=self.top))
+        for path in filter(None, (self.html, self.png, self.save)):
+            out.print(f"wrote {explanation.save(path)}", markup=False, highlight=False, soft_wrap=True)
+        if self.check:
+            self._check(explanation, out)
+
+    def _check(self, explanation: Explanation, out: Console) -> None:
+        ledger = explanation.conservation()
+        out.print(f"conservation: {ledger.summary()}", markup=False, highlight=False, soft_wrap=True)
+        if ledger.closes(self.tolerance):
+            return
+        for row in ledger.leaks(self.tolerance)[:8]:
+            typer.echo(f"  {row.place or 'model'}: {row.op} <{row.rule}> has {row.residual:.3g} unaccounted for", err=True)
+        typer.echo(f"dlbc: error: conservation does not close to {self.tolerance:g}: {ledger.residual:.3g} of "
+                   f"{ledger.seed:.3g} is unaccounted for", err=True)
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class How:
+    """How to compile."""
+
+    rules: str = "auto"
+    backend: str = "auto"
+    fallback: str | None = None
+    cache: bool = True
+
+    def compile(self, model: Any, inputs: object) -> Explainer:
+        """The explainer of a model."""
+        from dlbc.compiler import compile as compile_model
+
+        with working("compiling"):
+            return compile_model(model, inputs, rules=self.rules, backend=self.backend, fallback=self.fallback,
+                                 cache=self.cache)
+
+
+def console() -> Console:
+    """The terminal, or whatever stands for it now."""
+    from rich.console import Console
+
+    return Console()
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say on stderr what goes on, while somebody watches."""
+    from rich.console import Console
+
+    watched = Console(stderr=True)
+    if not watched.is_terminal:
+        yield
+        return
+    with watched.status(f"{what} …"):
+        yield
+
+
+def index_of(target: str | None, labels: dict[int, str] | None = None) -> int | None:
+    """An index given as a number or as the name of a class. InputError with the nearest names."""
+    if target is None:
+        return None
+    if target.lstrip("-").isdigit():
+        return int(target)
+    names = {name.lower(): index for index, name in (labels or {}).items()}
+    if target.strip().lower() in names:
+        return names[target.strip().lower()]
+    from difflib import get_close_matches
+
+    near = get_close_matches(target.lower(), names, 3, 0.4)
+    shown = ", ".join((labels or {})[names[name]] for name in near) or ", ".join(list((labels or {}).values())[:8])
+    raise InputError(f"there is no class {target!r}", where="--target",
+                     hint=f"did you mean {shown}?" if near else f"classes: {shown}" if shown else
+                     "this model's classes have no names; give a number")

@@ -1,0 +1,246 @@
+"""Every model, every preset, both backends: forward equals eager, relevance equals the float64 oracle.
+
+`input-x-gradient` is also compared with torch's own autograd, which proves pairing, adjoints and fan-out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import zoo
+from dlbc.compiler import Options, Source, explainer_of
+from dlbc.frontends.torch_export import import_model
+from dlbc.ir.interpreter import interpret
+from dlbc.ir.parser import parse_graph
+from dlbc.passes import run
+from dlbc.passes.lower import Lower
+from dlbc.passes.pipeline import CANONICALISE
+from dlbc_runtime.explainer import Explainer
+from dlbc_runtime.explanation import Explanation
+from dlbc_runtime.program import Variant
+
+PRESETS = ("attnlrp", "cp-lrp", "epsilon", "dlb", "dlb-0.1", "input-x-gradient")
+CANCELLING = frozenset(PRESETS) - {"dlb", "dlb-0.1"}
+"""Presets whose rules divide by sums that may cancel: the wider tolerance under Numerics."""
+
+ARCHITECTURES = [*zoo.TABULAR, *zoo.CNNS, *zoo.ENCODERS, *zoo.CAUSAL]
+NOT_EXPLAINED = {
+    "softmax_outputs": "",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case's model with what the frontend and the canonicalising passes made of it."""
+
+    case: zoo.Case
+    source: Source
+    weights: Mapping[str, torch.Tensor]
+
+    def explainer(self, rules: str, backend: str = "torch", **variant: Any) -> Explainer:
+        options = Options(rules=rules, backend=backend)
+        return explainer_of(self.source, options, Variant(**variant), self.weights, model=self.case.model)
+
+
+@functools.lru_cache(maxsize=4)
+def compiled(name: str) -> Compiled:
+    if not zoo.available(name):
+        pytest.skip(f"{name} needs {', '.join(zoo.NEEDS[name])}")
+    case = zoo.CASES[name]()
+    imported = import_model(case.model, case.args, case.kwargs)
+    source = Source(imported.graph, run(imported.graph, CANONICALISE), imported.inputs, imported.outputs,
+                    imported.static)
+    return Compiled(case, source, imported.weights)
+
+
+def eager_outputs(case: zoo.Case, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The model's own tensors, in the order of the compiled outputs."""
+    import inspect
+
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(case.model.forward).parameters else {}
+    result = case.model(*args, **{**extra, **kwargs})
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(
+        dict(result) if hasattr(result, "keys") else result) if isinstance(leaf, torch.Tensor)]
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Norm-wise distance, relative to what was wanted (absolute where that is nothing)."""
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-12))
+
+
+def oracle(explainer: Explainer, explanation: Explanation, seeds: np.ndarray) -> dict[str, np.ndarray]:
+    """The same explanation by the float64 interpreter, from the paired level: rules as they are written."""
+    graph = Lower().run(parse_graph(explainer.ir("paired")))
+    assert graph.relevance is not None
+    inputs = {p.name: np.asarray(explanation.inputs[n])
+              for n, p in zip(explainer.manifest.inputs.names, graph.forward.params, strict=False)}
+    if explainer.manifest.sequence and len(graph.forward.params) > len(inputs):
+        positions = np.array([[e.position] for e in explanation.target])
+        inputs[graph.forward.params[-1].name] = positions
+    weights = {n: w.detach().cpu().double().numpy() if hasattr(w, "detach") and w.is_floating_point() else np.asarray(w)
+               for n, w in explainer.weights.items()}
+    ran = interpret(graph, inputs, weights, {graph.relevance.params[0].name: seeds[None]})
+    return dict(zip(explainer.manifest.explained, (r[0] for r in ran.relevance), strict=False))
+
+
+def seeds_of(explainer: Explainer, explanation: Explanation) -> np.ndarray:
+    """The seed that the explanation's targets stand for."""
+    output = explanation.outputs[explainer.manifest.output]
+    seeds = np.zeros(output.shape, np.float64)
+    for explained in explanation.target:
+        place: tuple[int, ...] = (explained.row,)
+        if output.ndim == 3:
+            place += (0,)
+        if output.ndim > 1:
+            place += (explained.index or 0,)
+        seeds[place] = 100.0
+    return seeds
+
+
+def has_explainable_output(explainer: Explainer) -> bool:
+    shape = next(s.shape for s in explainer.manifest.outputs.tensors if s.name == explainer.manifest.output)
+    return len(shape) <= 2 or bool(explainer.manifest.sequence)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *zoo.STRUCTURE])
+def test_forward_equals_eager(name: str) -> None:
+    """At the example shape, at other batch sizes and lengths, with padding on either side."""
+    built = compiled(name)
+    explainer = built.explainer("input-x-gradient", all_positions=True)
+    numpy_forward = built.explainer("input-x-gradient", "numpy", all_positions=True)
+    for args, kwargs in [(built.case.args, built.case.kwargs), *built.case.other]:
+        with torch.no_grad():
+            wanted = eager_outputs(built.case, args, kwargs)
+        for backend in (explainer, numpy_forward):
+            target = weighted(backend, wanted)
+            found = backend(*args, target=target, **kwargs)
+            mask = kwargs.get("attention_mask")
+            for own, other in zip(found.outputs.values(), wanted, strict=True):
+                seen = visible(own, mask)
+                assert np.abs((own - other.numpy()) * seen).max(initial=0.0) <= 1e-5 * max(1.0, float(np.abs(other).max()))
+
+
+def visible(output: np.ndarray, mask: torch.Tensor | None) -> np.ndarray:
+    """1 where an output is defined: padded positions hold what each attention code leaves there."""
+    if mask is None or output.ndim != 3 or output.shape[:2] != tuple(mask.shape):
+        return np.ones(())
+    return mask.numpy()[..., None].astype(np.float32)
+
+
+def weighted(explainer: Explainer, outputs: list[torch.Tensor]) -> Any:
+    """A target that fits any output shape."""
+    from dlbc_runtime.target import Target
+
+    position = explainer.manifest.outputs.names.index(explainer.manifest.output)
+    return Target.tensor(np.ones(outputs[position].shape, np.float32))
+
+
+@pytest.mark.parametrize("rules", PRESETS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_relevance_equals_the_oracle(name: str, rules: str) -> None:
+    built = compiled(name)
+    check_against_oracle(built, rules)
+
+
+@pytest.mark.parametrize("name", zoo.STRUCTURE)
+def test_structures_equal_the_oracle(name: str) -> None:
+    built = compiled(name)
+    for rules in ("attnlrp", "dlb"):
+        check_against_oracle(built, rules)
+
+
+def check_against_oracle(built: Compiled, rules: str) -> None:
+    tolerance = 1e-4 if rules in CANCELLING else 1e-5
+    wanted: dict[str, np.ndarray] | None = None
+    for backend in ("torch", "numpy"):
+        explainer = built.explainer(rules, backend)
+        if not has_explainable_output(explainer):
+            explanation, seeds = explained_by_ones(explainer, built)
+        else:
+            explanation = explainer(*built.case.args, **built.case.kwargs)
+            seeds = seeds_of(explainer, explanation)
+        wanted = wanted or oracle(explainer, explanation, seeds)
+        for name, expected in wanted.items():
+            found = explanation.relevance[name]
+            assert found.shape == tuple(explanation.inputs[name].shape)
+            assert np.isfinite(found).all()
+            assert distance(found, expected) <= tolerance, (backend, name)
+
+
+def explained_by_ones(explainer: Explainer, built: Compiled) -> tuple[Explanation, np.ndarray]:
+    from dlbc_runtime.target import Target
+
+    outputs = explainer(*built.case.args, target=Target.tensor(np.float32(1.0)), **built.case.kwargs)
+    return outputs, np.full(outputs.outputs[explainer.manifest.output].shape, 100.0)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *zoo.STRUCTURE])
+def test_input_x_gradient_equals_autograd(name: str) -> None:
+    built = compiled(name)
+    explainer = built.explainer("input-x-gradient", all_positions=True)
+    if explainer.manifest.before:
+        pytest.skip("the output's softmax is skipped on purpose: what is explained is not the model's output")
+    args, kwargs = built.case.args, built.case.kwargs
+    outputs = eager_outputs(built.case, args, kwargs)
+    position = explainer.manifest.outputs.names.index(explainer.manifest.output)
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randn(outputs[position].shape, generator=generator)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and seed.ndim == 3 and seed.shape[:2] == mask.shape:
+        seed = seed * mask[..., None]
+    from dlbc_runtime.target import Target
+
+    found = explainer(*args, target=Target.tensor(seed.numpy()), multiplier=1.0, **kwargs)
+    wanted = autograd(built, explainer, seed, position)
+    for input_name, expected in wanted.items():
+        assert distance(found.relevance[input_name], expected) <= 1e-4, input_name
+
+
+def autograd(built: Compiled, explainer: Explainer, seed: torch.Tensor, position: int) -> dict[str, np.ndarray]:
+    """Input x gradient by torch: of floating inputs, and of the embeddings that integer inputs select."""
+    case = built.case
+    bound = {k: v.detach().clone() for k, v in explainer.manifest.inputs.bind(case.args, case.kwargs).items()}
+    leaves = {name: bound[name].requires_grad_(True) for name in explainer.manifest.explained
+              if bound[name].is_floating_point()}
+    looked_up: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+        output.retain_grad()
+        looked_up.append((inputs[0], output))
+        return output
+
+    hooks = [m.register_forward_hook(record) for m in case.model.modules() if isinstance(m, torch.nn.Embedding)]
+    try:
+        args, kwargs = rebound(case, bound)
+        (eager_outputs(case, args, kwargs)[position] * seed).sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        case.model.zero_grad(set_to_none=True)
+    found = {name: (x * x.grad if x.grad is not None else torch.zeros_like(x)).detach().numpy()
+             for name, x in leaves.items()}
+    for name in explainer.manifest.explained:
+        if name not in leaves:
+            products = [(out * out.grad).sum(-1) for ids, out in looked_up
+                        if out.grad is not None and ids.shape == bound[name].shape and torch.equal(ids, bound[name])]
+            if products:
+                found[name] = sum(products).detach().numpy()  # type: ignore[union-attr]
+    return found
+
+
+def rebound(case: zoo.Case, bound: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The case's inputs with its tensors replaced, in order, by those that were bound."""
+    flat, spec = torch.utils._pytree.tree_flatten((case.args, case.kwargs))
+    tensors = iter(bound.values())
+    by_identity = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+    args, kwargs = torch.utils._pytree.tree_unflatten(by_identity, spec)
+    return args, kwargs
