@@ -16,7 +16,7 @@ import torch
 from dlbc.compiler import Options, Source, bind_weights, check_weights, draw, explainer_of, finish_program
 from dlbc.composite import Composite
 from dlbc.errors import ArtifactError, DlbcError
-from dlbc.ir.core import Graph, Kernel, Rule, Section
+from dlbc.ir.core import Attr, Graph, Kernel, Rule, Section
 from dlbc.ir.parser import parse_with_spans
 from dlbc.ir.verifier import verify
 from dlbc_runtime.arrays import Json
@@ -31,27 +31,28 @@ _AGAIN = "save the explainer again, or get the file again from where it came"
 def recipe_of(options: Options, weights: Iterable[str], model: torch.nn.Module | None) -> dict[str, Json]:
     """What was asked for, as JSON data, and which weights have no name in the model's state dict."""
     composite = options.composite
-    entries: Json = [[what, rule.name, [[name, value] for name, value in rule.params]]  # type: ignore[misc]
-                     for what, rule in composite.entries if isinstance(what, str)]
+    entries: list[Json] | None = [[what, rule.name, [[name, _number(value)] for name, value in rule.params]]
+                                  for what, rule in composite.entries if isinstance(what, str)]
     if any(not isinstance(what, str) for what, _ in composite.entries):
         entries = None  # a predicate is Python code, which files do not carry
     dynamic: Json = options.dynamic if isinstance(options.dynamic, bool) else {
         name: [int(axis) for axis in axes] for name, axes in options.dynamic.items()}
     known = _state_names(model) if model is not None else set(weights)
-    return {"rules": {"name": composite.name, "fallback": composite.fallback, "entries": entries},
-            "dynamic": dynamic, "explain": list(options.explain), "drop_stabilisers": options.drop_stabilisers,
+    return {"rules": {"name": composite.name, "seed": composite.seed, "fallback": composite.fallback, "entries": entries},
+            "dynamic": dynamic, "explain": list(options.explain),
             "constants": [name for name in weights if name not in known]}
 
 
 def options_of(recipe: Mapping[str, Any], backend: str) -> Options:
-    """The options that `recipe_of` wrote down. KeyError, TypeError, ValueError or RuleError when it is something else."""
+    """The options that `recipe_of` wrote down. KeyError, TypeError, ValueError or RuleError for something else."""
     rules, dynamic = recipe["rules"], recipe["dynamic"]
     entries = [(str(what), Rule(str(name), tuple((str(key), value) for key, value in params)))
                for what, name, params in rules["entries"] or ()]
-    composite = Composite(entries, name=str(rules["name"]), fallback=rules["fallback"])
+    composite = Composite(entries, name=str(rules["name"]), fallback=rules["fallback"],
+                          seed="M" if rules["seed"] == "M" else "R")
     return Options(composite, backend, dynamic if isinstance(dynamic, bool) else {
         str(name): tuple(map(int, axes)) for name, axes in dynamic.items()}, tuple(map(str, recipe["explain"])),
-        None, None, bool(recipe["drop_stabilisers"]))
+        None, None)
 
 
 def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
@@ -79,8 +80,8 @@ def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
     explainer = explainer_of(source, options, artifact.default, weights, programs=programs, model=model,
                              recipe=artifact.recipe)
     if artifact.recipe["rules"]["entries"] is None:  # type: ignore[index, call-overload]
-        explainer = Explainer(programs, explainer.weights, default=artifact.default, build=partial(_refuse, artifact.where),
-                              draw=draw, recipe=artifact.recipe)
+        explainer = Explainer(programs, explainer.weights, default=artifact.default, draw=draw, recipe=artifact.recipe,
+                              build=partial(_refuse, artifact.where))
     return explainer
 
 
@@ -138,6 +139,12 @@ def _compiled(source: Source, options: Options, variant: Variant, program: Progr
     if own[:count] != common or len(own) > count + 1 or paired.weights.items() - source.canonical.weights.items():
         raise ArtifactError(f"its IR of {variant.name} is of another model", where=where, hint=_AGAIN)
     return finish_program(source, options, variant, paired)
+
+
+def _number(value: Attr) -> Json:
+    if not isinstance(value, bool | int | float | str | None):
+        raise TypeError(f"a rule's parameter is {value!r}")
+    return value
 
 
 def _refuse(where: str, variant: Variant) -> Program:

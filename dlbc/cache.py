@@ -289,7 +289,8 @@ def _outputs(tree: Tree, value: Any, path: str) -> Iterator[tuple[str, torch.Ten
         keys = [str(key) for key in parts] if isinstance(parts, Mapping) else list(map(str, range(len(parts))))
         if tuple(keys) != tuple(key for key, _ in tree.named()):
             raise ValueError(f"{path} has the parts {', '.join(keys)}, it had {', '.join(k for k, _ in tree.named())}")
-        for (key, part), inner in zip(tree.named(), parts.values() if isinstance(parts, Mapping) else parts, strict=True):
+        inside = parts.values() if isinstance(parts, Mapping) else parts
+        for (key, part), inner in zip(tree.named(), inside, strict=True):
             yield from _outputs(part, inner, f"{path}.{key}")
 
 
@@ -303,9 +304,10 @@ def _versions() -> tuple[str, ...]:
             digest.update(path.read_bytes())
     others = [f"{name} {getattr(sys.modules[name], '__version__', '')}" for name in ("transformers", "torchvision")
               if name in sys.modules]
-    return (dlbc.__version__, digest.hexdigest(), str(torch.__version__), np.__version__, platform.python_version(), *others)
+    return (dlbc.__version__, digest.hexdigest(), str(torch.__version__), np.__version__, platform.python_version(),
+            *others)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_once(text: str) -> None:
     log.warning(text)

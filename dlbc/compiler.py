@@ -21,7 +21,6 @@ from dlbc.ir.core import Graph, Op, Weight
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.passes import Pass, run
-from dlbc.passes.drop_stabilisers import DropStabilisers
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.hoist_constants import HoistConstants
@@ -53,7 +52,6 @@ class Options:
     explain: tuple[str, ...] = ()
     fallback: str | None = None
     dump: str | None = None
-    drop_stabilisers: bool = True
 
     @property
     def composite(self) -> Composite:
@@ -161,8 +159,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
 
 def lowering(options: Options, *, ledger: bool) -> tuple[Pass, ...]:
     """The passes from level 2 to level 3."""
-    stabilisers = (DropStabilisers(),) if options.drop_stabilisers and not ledger else ()
-    return (Lower(ledger=ledger), EliminateCommon(), *stabilisers, Simplify(), EliminateCommon(), HoistConstants(),
+    return (Lower(ledger=ledger), EliminateCommon(), Simplify(), EliminateCommon(), HoistConstants(),
             EliminateDead())
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from dlbc.errors import RuleError, UnsupportedOpError
 from dlbc.ir.core import Graph, Op, Rule
 from dlbc.ir.ops import OPS, attr
-from dlbc.passes.rules import RULES, load_rules, parse_rule
+from dlbc.passes.rules import RULES, Form, load_rules, parse_rule
 from dlbc.passes.rules.activations import STEPS, UNARY
 from dlbc.passes.rules.linear import CONVS, LINEAR, TRANSPOSED
 from dlbc.passes.rules.moves import MOVES
@@ -46,9 +46,11 @@ class Composite:
     entries: tuple[tuple[What, Rule], ...]
     name: str = "custom"
     fallback: str | None = None
+    seed: Form = "R"
+    """What a seed is: relevance of the output, or (for `input-x-gradient`) its multiplier, the gradient."""
 
     def __init__(self, entries: Iterable[tuple[What, str | Rule]], *, base: str | None = None, name: str = "",
-                 fallback: str | None = None) -> None:
+                 fallback: str | None = None, seed: Form | None = None) -> None:
         load_rules()
         own = tuple((what, rule if isinstance(rule, Rule) else parse_rule(rule)) for what, rule in entries)
         if fallback not in (None, "gradient"):
@@ -56,6 +58,7 @@ class Composite:
         object.__setattr__(self, "entries", own + (preset(base).entries if base else ()))
         object.__setattr__(self, "name", name or (f"{base}+" if base else "custom"))
         object.__setattr__(self, "fallback", fallback)
+        object.__setattr__(self, "seed", seed or ("M" if "input-x-gradient" in (base, name) else "R"))
 
     def rule_for(self, op: Op, *, constant_factor: bool) -> Rule:
         """The rule for an op; UnsupportedOpError when none fits. `constant_factor`: it is a linear map."""
@@ -128,7 +131,7 @@ def resolve(rules: str | Composite, fallback: str | None = None) -> Composite:
 
 def replace_fallback(composite: Composite, fallback: str) -> Composite:
     """The same composite with a fallback for ops without a rule."""
-    return Composite(composite.entries, name=composite.name, fallback=fallback)
+    return Composite(composite.entries, name=composite.name, fallback=fallback, seed=composite.seed)
 
 
 _SHARED: tuple[tuple[What, str], ...] = (("move", "move"), ("selection", "select"), ("embedding", "sum"))

@@ -10,11 +10,12 @@ import enum
 import functools
 import hashlib
 import logging
+import re
 import sys
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,8 @@ class Fingerprint:
             self._token(kind.__name__, repr(value))
         elif isinstance(value, enum.Enum):
             self._token("enum", kind.__module__, kind.__qualname__, value.name, repr(value.value))
-        elif isinstance(value, np.dtype):
-            self._token("dtype", value.str, value)
+        elif isinstance(value, np.dtype | PurePath | re.Pattern):
+            self._token(kind.__name__, repr(value))
         elif kind in (tuple, torch.Size):
             self._token(kind.__name__, len(value))  # type: ignore[arg-type]
             for i, item in enumerate(value):  # type: ignore[arg-type, var-annotated]
@@ -240,7 +241,8 @@ class Fingerprint:
         self._token("model")
         outside, tree = where != "", dict(model.named_modules(remove_duplicate=False))
         new = {id(module): module for module in tree.values() if module is model or id(module) not in self._seen}
-        for value in (*new.values(), *(t for m in new.values() for t in (*m._parameters.values(), *m._buffers.values()))):
+        weights = [t for m in new.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        for value in (*new.values(), *weights):
             if id(value) not in self._seen:  # so that attributes that refer to a part of the tree mean just that part
                 self._seen[id(value)] = str(len(self._seen))
                 self._alive.append(value)
@@ -335,10 +337,10 @@ def _is_io(cls: type) -> bool:
                for base in cls.__mro__)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _installed_file(path: str) -> bool:
     """Whether a source file belongs to Python, an installed package, or is made by one (`<string>`)."""
-    return path.startswith("<") and "ipython" not in path or any(
+    return (path.startswith("<") and "ipython" not in path) or any(
         part in ("site-packages", "dist-packages") for part in Path(path).parts) or _in_stdlib(path)
 
 
@@ -346,7 +348,7 @@ def _in_stdlib(path: str) -> bool:
     return path.startswith(str(Path(functools.__file__).parent)) or "frozen" in path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _installed(module: str | None) -> bool:
     """Whether a module is Python's, torch's, ours, or of an installed package: its files vouch for its code."""
     top = (module or "").partition(".")[0]
@@ -360,7 +362,7 @@ def _installed(module: str | None) -> bool:
     return file is not None and any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _stamp(module: str) -> str:
     """What changes when the file of an installed module does: size and time of change."""
     file = getattr(sys.modules.get(module), "__file__", None)

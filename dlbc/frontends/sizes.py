@@ -47,7 +47,9 @@ class Sizes:
             return int(size)
         if size.is_Symbol:
             if str(size) not in self.names:
-                raise ExportError(f"a size of a tensor depends on the data (`{size}`)")
+                raise ExportError(f"a size or number depends on the content of a tensor (`{size}`)",
+                                  hint="use torch.where or a mask in place of boolean indexing and nonzero, "
+                                       "and tensors in place of `.item()`")
             return symbol(self.names[str(size)])
         if kind == "Pow":
             base, exponent = size.args

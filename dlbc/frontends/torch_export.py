@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +37,14 @@ from dlbc.frontends.inputs import (
     text_shape,
     value_name,
 )
-from dlbc.frontends.quiet import quiet
+from dlbc.frontends.quiet import evaluating, quiet
 from dlbc.frontends.sizes import Sizes
 from dlbc.frontends.translate import Translation, unknown, weight_operand
-from dlbc.ir.core import Graph, Operand, Section, Value, Weight
-from dlbc.ir.dims import symbols
+from dlbc.ir.core import Graph, Operand, Section, Type, Value, Weight
+from dlbc.ir.dims import evaluate, symbols
 from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, OutputSpec, TensorSpec, Tree
 
-__all__ = ["Imported", "import_model", "normalise"]
+__all__ = ["Imported", "evaluating", "import_model", "normalise"]
 
 log = logging.getLogger(__name__)
 
@@ -83,19 +82,6 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
         return _imported(capture, program, sizes, static, tuple(injected))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every submodule, without calling the model's own `eval`; then each flag as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @dataclass
 class _Capture:
     """The attempts to export one model, each with the axes that are still dynamic."""
@@ -121,6 +107,7 @@ class _Capture:
                 sizes, fixed = self.sizes(program, axes)
                 static |= fixed
                 gone = {key: reason for key, reason in fixed.items() if not self.kept(program, *key)}
+                gone |= {} if gone else self.singles(program, sizes, axes)
                 if not gone:
                     for (name, axis), reason in static.items():
                         log.info("axis %d of input `%s` is static: %s", axis, name, reason)
@@ -176,6 +163,44 @@ class _Capture:
         """Whether a static axis has the size of the user's example."""
         size = self.fakes(program)[name].shape[axis]
         return _expression(size) is None and int(size) == self.named[name].shape[axis]
+
+    def singles(self, program: ExportedProgram, sizes: Sizes, axes: Axes) -> dict[tuple[str, int], str]:
+        """The axes of size 1 in the user's example that the model does not treat like other sizes. The exporter
+        knows sizes from 2 on only, so the model itself is asked: a size whose 1 changes the shapes of the outputs,
+        or fails, starts at 2."""
+        found: dict[tuple[str, int], str] = {}
+        count = len(program.graph_signature.user_outputs)
+        expected = [output.meta["val"] for output in pytree.tree_leaves(program.graph.output_node().args[0])[-count:]
+                    if isinstance(output, torch.fx.Node) and isinstance(output.meta["val"], Tensor)]
+        fakes = self.fakes(program)
+        named = {(name, axis): str(sizes.dim(fakes[name].shape[axis])) for name, mine in axes.items() for axis in mine}
+        for size, (low, high) in list(sizes.ranges.items()):
+            own = [key for key, ours in named.items() if ours == size]
+            sample = {ours: 1 if ours == size else self.examples[name].shape[axis]
+                      for (name, axis), ours in named.items()}
+            if low > 1 or self.agrees(own, [_shape(sizes.type(fake), sample) for fake in expected]):
+                continue
+            sizes.ranges[size] = (2, high)
+            found |= {key: "the model treats a size of 1 unlike others" for key in own
+                      if self.named[key[0]].shape[key[1]] == 1}
+        return found
+
+    def agrees(self, own: list[tuple[str, int]], shapes: list[tuple[int, ...]]) -> bool:
+        """Whether the model's outputs have these shapes where it is given 1 for its `own` axes. Asked on the CPU
+        only: elsewhere a failure could not be undone."""
+        if any(x.device.type != "cpu" for x in (*self.examples.values(), *self.model.parameters())):
+            return True
+        narrow = dict(self.examples)
+        for name, axis in own:
+            narrow[name] = narrow[name].narrow(axis, 0, 1)
+        values = {name: mapped(value, name, lambda path, _: narrow[path]) for name, value in self.bound.items()}
+        args, kwargs = self.call(values)
+        try:
+            outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
+        except Exception as problem:
+            log.debug("the model fails for size 1: %s", brief(problem))
+            return False
+        return [tuple(x.shape) for x in outputs] == shapes
 
     def fakes(self, program: ExportedProgram) -> dict[str, Tensor]:
         """The exporter's fake tensors of the inputs by our names."""
@@ -239,6 +264,14 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 def _missing(axes: Axes, fewer: Axes) -> list[tuple[str, int]]:
     return [(name, axis) for name, own in axes.items() for axis in own if axis not in fewer.get(name, ())]
+
+
+def _shape(type_: Type, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A type's shape in numbers; none where it divides by 0."""
+    try:
+        return tuple(evaluate(dim, sizes) for dim in type_.shape)
+    except ZeroDivisionError:
+        return (-1,)
 
 
 def _expression(size: int | torch.SymInt) -> Any:

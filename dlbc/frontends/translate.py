@@ -233,7 +233,7 @@ def unknown(module: fx.GraphModule) -> set[torch._ops.OpOverload]:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             target = node.target
             if isinstance(target, torch._ops.OpOverload) and not (
-                    _names(target)[1] in _CHECKS | _SIZES or _entry(target, TABLE) or _entry(target, UNSUPPORTED)):
+                    _names(target)[1] in _CHECKS | _SIZES or _entry(target, {**TABLE, **UNSUPPORTED})):
                 found.add(target)
     return found
 
@@ -262,7 +262,7 @@ def provenance(node: fx.Node) -> tuple[str, str, str, tuple[str, str]]:
     key, path, cls = entries[-1] if entries else ("", "", "")
     shown = cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls))
     frames = [frame for frame in re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-              if not frame[0].startswith(_TORCH)]
+              if not frame[0].startswith((_TORCH, "<"))]
     source = f"{PurePath(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
     return path.partition("@")[0], shown.rpartition(".")[2], source, (key, path)
 

@@ -267,6 +267,12 @@ def stabilise(x: Type, *, eps: float = 1e-6) -> Type:
     return x
 
 
+@op("damp", elementwise=True)
+def damp(m: Type, y: Type, *, eps: float = 1e-6) -> Type:
+    """`m |y| / (|y| + eps)`: what a stabilised division by y leaves of a multiplier m of y."""
+    return Type(m.dtype, broadcast(m.shape, y.shape))
+
+
 def _binary(name: str, summary: str, *, dtype: str = "", floating: bool = False) -> None:
     def infer_binary(a: Scalar, b: Scalar) -> Type:
         found = dtype or promote(a, b)

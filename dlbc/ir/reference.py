@@ -92,6 +92,11 @@ def stabilise(x: Array, *, eps: float) -> Array:
     return x + np.where(x >= 0, eps, -eps)
 
 
+def damp(m: Array, y: Array, *, eps: float) -> Array:
+    """`m |y| / (|y| + eps)`."""
+    return m * np.abs(y) / (np.abs(y) + eps)
+
+
 def where(condition: Array, a: Array, b: Array) -> Array:
     """`a` where condition, else `b`."""
     return np.where(condition, a, b)
@@ -124,7 +129,7 @@ ELEMENTWISE: dict[str, Function] = {
     "isinf": np.isinf,
     "negative_part": lambda x: np.minimum(x, 0),
     "gelu": gelu, "softplus": softplus, "elu": elu, "leaky_relu": leaky_relu, "prelu": prelu,
-    "clamp": clamp, "cast": cast, "stabilise": stabilise,
+    "clamp": clamp, "cast": cast, "stabilise": stabilise, "damp": damp,
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide, "safe_div": safe_div,
     "pow": np.power, "maximum": np.maximum, "minimum": np.minimum, "floor_divide": np.floor_divide,
     "remainder": np.mod, "bitwise_and": np.bitwise_and, "bitwise_or": np.bitwise_or,

@@ -167,8 +167,9 @@ class _Verifier:
                 scope.hidden[name] = (f"%{name} is not saved", f"write `save %{name}` after forward's return, or "
                                                                "recompute it in the relevance section")
         for seed in section.params:
-            explained = self.forward_types.get(seed.name.removeprefix("R."))
-            if explained is None or not seed.name.startswith("R."):
+            form, _, name = seed.name.partition(".")
+            explained = self.forward_types.get(name)
+            if explained is None or form not in ("R", "M"):
                 self.fail(f"the seed %{seed.name} belongs to no output", "relevance", f"%{seed.name}",
                           hint=nearest(seed.name, [f"R.{value.name}" for value in self.graph.forward.results], "%")
                           or "a seed is called %R. and the name of the forward value that is explained")

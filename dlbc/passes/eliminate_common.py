@@ -47,7 +47,8 @@ class EliminateCommon(Pass):
 
 def _key(op: Op) -> Hashable:
     attrs = tuple(sorted((name, _typed(value)) for name, value in op.attrs.items()))
-    return (op.name, tuple(map(_identity, op.operands)), tuple(map(_identity, op.reads)), attrs, op.rule, op.of)
+    paired = op.of if op.rule is not None else ""  # a rule belongs to its forward op; what it expands into does not
+    return (op.name, tuple(map(_identity, op.operands)), tuple(map(_identity, op.reads)), attrs, op.rule, paired)
 
 
 def _identity(operand: Operand) -> Hashable:

@@ -70,6 +70,8 @@ class _Lowering:
 
     def run(self) -> Graph:
         assert self.graph.relevance is not None
+        if self.ledger:
+            self._record_seed(self.graph.relevance.params[0])
         for op in self.graph.relevance.ops:
             self.step(substitute_op(op, self.replaced))
         section = self.graph.relevance
@@ -133,6 +135,16 @@ class _Lowering:
 
     def _relevance(self, at: Expansion, form: str, of: Operand, value: Value) -> Value:
         return at.mul(value, at.finite(at.read(of))) if form == "M" else value
+
+    def _record_seed(self, seed: Value) -> None:
+        """The relevance that the seed puts on the output: itself, or for a multiplier the output times it."""
+        form, name = seed.name.split(".", 1)
+        at = Expansion(self.taken, self.facts, of=name)
+        value = next(v for v in (*self.graph.forward.params, *(r for op in self.forward.values() for r in op.results))
+                     if v.name == name)
+        self._record(at, Op("seed", (), (), of=name), "seed", [("seed", self._relevance(at, form, value, seed))])
+        self.taken = at.taken
+        self.ops += at.ops
 
     def _record(self, at: Expansion, op: Op, kind: str, sides: Sequence[tuple[str, Value]]) -> None:
         rule = op.rule.name if op.rule else ""

@@ -64,8 +64,9 @@ class _Pairing:
     def run(self) -> Graph:
         forward = self.graph.forward
         seeded_value, skipped = self._before_softmax(self.output)
-        seed = Value(self.at.name(f"R.{seeded_value.name}"), seeded(seeded_value.type))
-        self.contributions[seeded_value.name] = [("R", seed)]
+        form = self.composite.seed
+        seed = Value(self.at.name(f"{form}.{seeded_value.name}"), seeded(seeded_value.type))
+        self.contributions[seeded_value.name] = [(form, seed)]
         kept = self._kept()
         found: dict[str, Value] = {}
         for op in reversed(list(forward.ops)):
@@ -157,18 +158,15 @@ class _Pairing:
         return sum(v.name in self.carriers for v in values(op.operands)) == 1
 
     def _joined(self, value: Value, form: Form, eps: Attr = STABILISER) -> Value:
-        """All contributions to a value as one, in the form asked for. The sum is remembered in its own form.
-
-        Contributions of both forms are joined as relevance, and divided by the value once.
-        """
+        """All contributions to a value as one, in the form asked for."""
         parts = self.contributions[value.name]
-        relevances, multipliers = ([v for own, v in parts if own == f] for f in ("R", "M"))
-        if relevances and multipliers:
-            relevances.append(self._convert(self._sum(multipliers, "M", value), value, "R", eps))
-        own: Form = "R" if relevances else "M"
-        joined = self._sum(relevances or multipliers, own, value)
-        self.contributions[value.name] = [(own, joined)]
-        return joined if own == form else self._convert(joined, value, form, eps)
+        sums: dict[Form, Value] = {}
+        for own in ("R", "M"):
+            if same := [v for f, v in parts if f == own]:
+                sums[own] = self._sum(same, own, value)
+        self.contributions[value.name] = list(sums.items())  # a later asker finds the sums
+        converted = [v if f == form else self._convert(v, value, form, eps) for f, v in sums.items()]
+        return self._sum(converted, form, value)
 
     def _sum(self, parts: Sequence[Value], form: Form, value: Value) -> Value:
         if len(parts) == 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import zipfile
@@ -101,7 +100,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, weights: Mapping[
     artifact = read(Path(path))
     specs = weight_specs(program.manifest for program in artifact.programs.values())
     bound = match_weights(specs, {**artifact.tensors(), **(weights or {})}, artifact.backend, where,
-                          hint="save it with weights=True, or give them: dlbc_runtime.load(path, trust=True, weights=...)")
+                          hint="save it with weights=True, or give load the weights by name")
     return Explainer(artifact.programs, bound, default=artifact.default, recipe=artifact.recipe)
 
 

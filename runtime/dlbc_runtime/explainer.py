@@ -50,9 +50,9 @@ class Explainer:
     changes the model.
     """
 
-    def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *, default: Variant | None = None,
-                 build: Build | None = None, recompile: Recompile | None = None, draw: Draw | None = None,
-                 recipe: Mapping[str, Json] | None = None) -> None:
+    def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *,
+                 default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
+                 draw: Draw | None = None, recipe: Mapping[str, Json] | None = None) -> None:
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
         self._weights = dict(weights)
@@ -269,8 +269,7 @@ class _Call:
                 explainer._weights, prepared, state, engine.array(seeds))]
         totals = [float(value.astype(np.float64).sum()) for value in relevance]
         count = len(manifest.explained)
-        return ledger_of(manifest.ledger, totals[count:], float(seeds.astype(np.float64).sum()),
-                         dict(zip(manifest.explained, totals, strict=False)))
+        return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
 
     def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
@@ -319,12 +318,14 @@ def _columns(columns: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(unique.T), places
 
 
-def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], seed: float, inputs: Mapping[str, float]
-              ) -> Ledger:
+def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], inputs: Mapping[str, float]) -> Ledger:
     """The ledger from the sums that a program returned, named (place, op, value, side or cause, rule)."""
     rows: list[LedgerRow] = []
+    seed = math.fsum(total for entry, total in zip(entries, totals, strict=True) if entry[3] == "seed")
     by_op: dict[tuple[str, ...], dict[str, float]] = {}
     for (place, op, value, side, rule), total in zip(entries, totals, strict=True):
+        if side == "seed":
+            continue
         amounts = by_op.setdefault((place, op, value, rule), {})
         amounts[side] = amounts.get(side, 0.0) + total
     for (place, op, _, rule), amounts in by_op.items():

@@ -117,6 +117,13 @@ def prelu(x: Array, slope: Array) -> Array:
     return np.where(x > 0, x, _channels(slope, x) * x)
 
 
+def damp(m: Array, y: Array, eps: float) -> Array:
+    """`m |y| / (|y| + eps)`."""
+    size = np.abs(y)
+    size /= size + eps
+    return m * size
+
+
 def safe_div(a: Array | float, b: Array | float) -> Array:
     """`a / b`, 0 where b is 0."""
     zero = np.equal(b, 0)

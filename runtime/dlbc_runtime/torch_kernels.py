@@ -33,6 +33,16 @@ def stabilise_(x: Tensor, eps: float) -> Tensor:
     return x.add_(torch.copysign(torch.full((), eps, dtype=x.dtype, device=x.device), x))
 
 
+def damp(m: Tensor, y: Tensor, eps: float) -> Tensor:
+    """`m |y| / (|y| + eps)`, as m - m eps / (|y| + eps)."""
+    return torch.addcdiv(m, m, y.abs().add_(eps), value=-eps)
+
+
+def damp_(m: Tensor, y: Tensor, eps: float) -> Tensor:
+    """`damp`, written over m."""
+    return m.addcdiv_(m, y.abs().add_(eps), value=-eps)
+
+
 def safe_div(a: Tensor | float, b: Tensor | float) -> Tensor:
     """`a / b`, 0 where b is 0 (a finite)."""
     if isinstance(b, Tensor):

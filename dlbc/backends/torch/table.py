@@ -28,6 +28,7 @@ TABLE: dict[str, Expression] = {
     "prelu": "F.prelu({a}, {b:t}.reshape(-1))",
     "cast": "{a:i}.to({dtype})",
     "stabilise": "kernels.stabilise({a}, {eps})",
+    "damp": "kernels.damp({a:t}, {b:t}, {eps})",
     "safe_div": "kernels.safe_div({a:t}, {b:t})",
     # reductions and scans
     "cumsum": "torch.cumsum({a}, {dim})",
@@ -60,6 +61,7 @@ OVERWRITING: dict[str, Expression] = {
         "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "erf", "sigmoid",
         "abs", "neg", "relu")},
     "add": "{a}.add_({b})", "sub": "{a}.sub_({b})", "mul": "{a}.mul_({b})", "div": "{a}.div_({b})",
+    "damp": "kernels.damp_({a}, {b:t}, {eps})",
     "safe_div": "kernels.safe_div_({a}, {b:t})",
     "stabilise": "kernels.stabilise_({a}, {eps})",
     "negative_part": "{a}.clamp_(max=0)",

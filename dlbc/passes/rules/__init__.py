@@ -162,7 +162,7 @@ class Expansion(Builder):
         """`R_y / e(y)` from M_y = R_y / y: M_y y / e(y), where it is not so already; y's loss is absorbed."""
         if m.name in self.facts.stabilised:
             return m
-        kept = self.mul(m, self.div(y, self.stabilise(y, eps=eps)))
+        kept = self.damp(m, y, eps=eps)
         self.absorb("stabiliser", self.mul(y, self.sub(m, kept)))
         return kept
 
