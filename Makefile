@@ -25,7 +25,7 @@ demo: venv  ## explain real inputs of real models; writes demo/
 	$(PY) examples/demo.py $(ARGS)
 
 test: venv  ## run all tests
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: venv  ## ruff, mypy --strict, import directions
 	$(PY) -m ruff check .

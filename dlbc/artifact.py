@@ -38,7 +38,8 @@ def recipe_of(options: Options, weights: Iterable[str], model: torch.nn.Module |
     dynamic: Json = options.dynamic if isinstance(options.dynamic, bool) else {
         name: [int(axis) for axis in axes] for name, axes in options.dynamic.items()}
     known = _state_names(model) if model is not None else set(weights)
-    return {"rules": {"name": composite.name, "seed": composite.seed, "fallback": composite.fallback, "entries": entries},
+    return {"rules": {"name": composite.name, "seed": composite.seed, "fallback": composite.fallback,
+                      "entries": entries},
             "dynamic": dynamic, "explain": list(options.explain),
             "constants": [name for name in weights if name not in known]}
 

@@ -123,7 +123,7 @@ def contrast_part() -> Part:
     model, inputs = smollm2().model.requires_grad_(False), smollm2().inputs(PROMPT)
     one, other = (smollm2().tokenizer.encode(city, add_special_tokens=False)[0] for city in (" Lisbon", " Oslo"))
     return Part("contrast", "Why Lisbon rather than Oslo?", "The same model and prompt; explained is the difference of "
-                "two outputs, where what speaks for both cancels.", model, inputs, ("attnlrp", "dlb"),
+                "two outputs, where what speaks for both cancels.", model, inputs, ("attnlrp", "cp-lrp"),
                 lambda found: found.with_tokens(smollm2().tokenizer),
                 lambda: embedding_gradient(model, inputs, lambda logits: logits[one] - logits[other]),
                 dlbc.Target.difference(one, other))
@@ -231,7 +231,7 @@ def explain(part: Part, rounds: int, say: Callable[[str], None]) -> list[Result]
     for rules in part.presets:
         say(f"{part.key}: compiling with {rules}")
         started = time.perf_counter()
-        explainers.append(dlbc.compile(part.model, part.inputs, rules=rules))
+        explainers.append(compiled_once(part, rules))
         compiled.append(time.perf_counter() - started)
         explanation = part.named(explainers[-1](**part.inputs, target=part.target))
         explanation.conservation()
@@ -244,6 +244,17 @@ def explain(part: Part, rounds: int, say: Callable[[str], None]) -> list[Result]
     pictures = [found[i].save(OUT / f"{part.key}-{rules}.png").name for i, rules in enumerate(part.presets)]
     return [Result(part, explanation, seconds, seconds / plain, spent, (picture,))
             for explanation, seconds, spent, picture in zip(found, own, compiled, pictures, strict=True)]
+
+
+EXPLAINERS: dict[tuple[nn.Module, str], dlbc.Explainer] = {}
+
+
+def compiled_once(part: Part, rules: str) -> dlbc.Explainer:
+    """The explainer; parts that share a model and rules share it."""
+    key = (part.model, rules)
+    if key not in EXPLAINERS:
+        EXPLAINERS[key] = dlbc.compile(part.model, part.inputs, rules=rules)
+    return EXPLAINERS[key]
 
 
 def medians(works: list[Callable[[], Any]], rounds: int) -> list[float]:

@@ -46,8 +46,19 @@ def cache_dir(_cache_of_session: None) -> Iterator[Path]:
     os.environ["DLBC_CACHE_DIR"] = session
 
 
+def _model(item: pytest.Item) -> str:
+    """The zoo model that a test of test_models.py is about."""
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("name", "")) if callspec else ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, and say so, where there is no CUDA device."""
+    """Tests of one model run together, since exporting it is the dear part; `gpu` tests need a CUDA device."""
+    models = [item for item in items if item.path.name == "test_models.py"]
+    order = {name: number for number, name in enumerate(dict.fromkeys(map(_model, models)))}
+    items[:] = sorted(models, key=lambda item: order[_model(item)]) + [i for i in items if i not in set(models)]
+    for item in models:
+        item.add_marker(pytest.mark.xdist_group(_model(item)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

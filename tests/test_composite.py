@@ -190,9 +190,11 @@ def test_a_composite_explains() -> None:
 
     def explain(composite: Composite) -> np.ndarray:
         lowered = Lower().run(Pair(rules=composite).run(graph()))
-        return interpret(lowered, {"x": x}, weights, {"R.y": seeds}).relevance[0]
+        assert lowered.relevance is not None
+        return interpret(lowered, {"x": x}, weights, {lowered.relevance.params[0].name: seeds}).relevance[0]
 
-    np.testing.assert_allclose(explain(Composite([], fallback="gradient")), explain(preset("input-x-gradient")))
+    gradients = Composite([], fallback="gradient", seed="M")
+    np.testing.assert_allclose(explain(gradients), explain(preset("input-x-gradient")))
     assert not np.allclose(explain(Composite([("head", "absolute")], base="attnlrp")), explain(preset("attnlrp")))
 
 

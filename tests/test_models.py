@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 import zoo
+
 from dlbc.compiler import Options, Source, explainer_of
+from dlbc.errors import IRError, UnsupportedOpError
 from dlbc.frontends.torch_export import import_model
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
@@ -25,12 +26,24 @@ from dlbc.passes.pipeline import CANONICALISE
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.program import Variant
+from dlbc_runtime.target import Target
 
 PRESETS = ("attnlrp", "cp-lrp", "epsilon", "dlb", "dlb-0.1", "input-x-gradient")
 CANCELLING = frozenset(PRESETS) - {"dlb", "dlb-0.1"}
 """Presets whose rules divide by sums that may cancel: the wider tolerance under Numerics."""
 
+SEED = 100.0
+NO_RULE = {"logsumexp": UnsupportedOpError, "argmax_lookup": IRError, "unet_small": UnsupportedOpError}
+"""Cases that must be refused by name: no rule, no differentiable path, an op the frontend does not take yet."""
+TORCH_ONLY = frozenset({"bfloat16", "autocast_inside"})
+"""numpy has no bfloat16, and says so."""
+DETACHED = frozenset({"move_detach", "no_grad_inside"})
+"""detach stops autograd; relevance passes it as the identity it is."""
+
 ARCHITECTURES = [*zoo.TABULAR, *zoo.CNNS, *zoo.ENCODERS, *zoo.CAUSAL]
+
+EXPLAINED = [n for n in (*ARCHITECTURES, *zoo.STRUCTURE) if n not in NO_RULE]
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -43,6 +56,10 @@ class Compiled:
     def explainer(self, rules: str, backend: str = "torch", **variant: Any) -> Explainer:
         options = Options(rules=rules, backend=backend)
         return explainer_of(self.source, options, Variant(**variant), self.weights, model=self.case.model)
+
+
+def backends(name: str) -> tuple[str, ...]:
+    return ("torch",) if name in TORCH_ONLY else ("torch", "numpy")
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,8 +84,8 @@ def eager_outputs(case: zoo.Case, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Norm-wise distance, relative to what was wanted (absolute where that is nothing)."""
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-12))
+    """Norm-wise distance, relative to what was wanted; to a millionth of the seed where that is next to nothing."""
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-6 * SEED))
 
 
 def oracle(explainer: Explainer, explanation: Explanation, seeds: np.ndarray) -> dict[str, np.ndarray]:
@@ -96,7 +113,7 @@ def seeds_of(explainer: Explainer, explanation: Explanation) -> np.ndarray:
             place += (0,)
         if output.ndim > 1:
             place += (explained.index or 0,)
-        seeds[place] = 100.0
+        seeds[place] = SEED
     return seeds
 
 
@@ -105,22 +122,21 @@ def has_explainable_output(explainer: Explainer) -> bool:
     return len(shape) <= 2 or bool(explainer.manifest.sequence)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *zoo.STRUCTURE])
+@pytest.mark.parametrize("name", EXPLAINED)
 def test_forward_equals_eager(name: str) -> None:
     """At the example shape, at other batch sizes and lengths, with padding on either side."""
     built = compiled(name)
-    explainer = built.explainer("input-x-gradient", all_positions=True)
-    numpy_forward = built.explainer("input-x-gradient", "numpy", all_positions=True)
+    explainers = [built.explainer("input-x-gradient", backend, all_positions=True) for backend in backends(name)]
     for args, kwargs in [(built.case.args, built.case.kwargs), *built.case.other]:
         with torch.no_grad():
             wanted = [output.detach() for output in eager_outputs(built.case, args, kwargs)]
-        for backend in (explainer, numpy_forward):
-            target = weighted(backend, wanted)
-            found = backend(*args, target=target, **kwargs)
+        for explainer in explainers:
+            found = explainer(*args, target=weighted(explainer, wanted), **kwargs)
             mask = kwargs.get("attention_mask")
+            tolerance = 1e-5 if name not in TORCH_ONLY else 2e-2
             for own, other in zip(found.outputs.values(), wanted, strict=True):
-                seen = visible(own, mask)
-                assert np.abs((own - other.numpy()) * seen).max(initial=0.0) <= 1e-5 * max(1.0, float(other.abs().max()))
+                difference = np.abs((own - other.float().numpy()) * visible(own, mask))
+                assert difference.max(initial=0.0) <= tolerance * max(1.0, float(other.abs().max()))
 
 
 def visible(output: np.ndarray, mask: torch.Tensor | None) -> np.ndarray:
@@ -132,20 +148,18 @@ def visible(output: np.ndarray, mask: torch.Tensor | None) -> np.ndarray:
 
 def weighted(explainer: Explainer, outputs: list[torch.Tensor]) -> Any:
     """A target that fits any output shape."""
-    from dlbc_runtime.target import Target
-
     position = explainer.manifest.outputs.names.index(explainer.manifest.output)
     return Target.tensor(np.ones(outputs[position].shape, np.float32))
 
 
 @pytest.mark.parametrize("rules", PRESETS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in NO_RULE])
 def test_relevance_equals_the_oracle(name: str, rules: str) -> None:
     built = compiled(name)
     check_against_oracle(built, rules)
 
 
-@pytest.mark.parametrize("name", zoo.STRUCTURE)
+@pytest.mark.parametrize("name", [n for n in zoo.STRUCTURE if n not in NO_RULE])
 def test_structures_equal_the_oracle(name: str) -> None:
     built = compiled(name)
     for rules in ("attnlrp", "dlb"):
@@ -153,12 +167,13 @@ def test_structures_equal_the_oracle(name: str) -> None:
 
 
 def check_against_oracle(built: Compiled, rules: str) -> None:
-    tolerance = 1e-4 if rules in CANCELLING else 1e-5
+    name = built.case.name
+    tolerance = 2e-2 if name in TORCH_ONLY else 1e-4 if rules in CANCELLING else 1e-5
     wanted: dict[str, np.ndarray] | None = None
-    for backend in ("torch", "numpy"):
+    for backend in backends(name):
         explainer = built.explainer(rules, backend)
         if not has_explainable_output(explainer):
-            explanation, seeds = explained_by_ones(explainer, built)
+            explanation, seeds = explained_by_largest(explainer, built)
         else:
             explanation = explainer(*built.case.args, **built.case.kwargs)
             seeds = seeds_of(explainer, explanation)
@@ -170,14 +185,16 @@ def check_against_oracle(built: Compiled, rules: str) -> None:
             assert distance(found, expected) <= tolerance, (backend, name)
 
 
-def explained_by_ones(explainer: Explainer, built: Compiled) -> tuple[Explanation, np.ndarray]:
-    from dlbc_runtime.target import Target
+def explained_by_largest(explainer: Explainer, built: Compiled) -> tuple[Explanation, np.ndarray]:
+    """The explanation of each row's largest number, for outputs that are no list of classes."""
+    args, kwargs = built.case.args, built.case.kwargs
+    output = explainer(*args, target=Target.tensor(np.float32(1.0)), **kwargs).outputs[explainer.manifest.output]
+    rows = np.abs(output.reshape(output.shape[0], -1) if output.ndim else output.reshape(1, 1))
+    weights = (np.arange(rows.shape[1]) == rows.argmax(1)[:, None]).reshape(output.shape)
+    return explainer(*args, target=Target.tensor(weights), **kwargs), weights * SEED
 
-    outputs = explainer(*built.case.args, target=Target.tensor(np.float32(1.0)), **built.case.kwargs)
-    return outputs, np.full(outputs.outputs[explainer.manifest.output].shape, 100.0)
 
-
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *zoo.STRUCTURE])
+@pytest.mark.parametrize("name", [n for n in EXPLAINED if n not in DETACHED | TORCH_ONLY])
 def test_input_x_gradient_equals_autograd(name: str) -> None:
     built = compiled(name)
     explainer = built.explainer("input-x-gradient", all_positions=True)
@@ -191,8 +208,6 @@ def test_input_x_gradient_equals_autograd(name: str) -> None:
     mask = kwargs.get("attention_mask")
     if mask is not None and seed.ndim == 3 and seed.shape[:2] == mask.shape:
         seed = seed * mask[..., None]
-    from dlbc_runtime.target import Target
-
     found = explainer(*args, target=Target.tensor(seed.numpy()), multiplier=1.0, **kwargs)
     wanted = autograd(built, explainer, seed, position)
     for input_name, expected in wanted.items():
@@ -235,8 +250,16 @@ def autograd(built: Compiled, explainer: Explainer, seed: torch.Tensor, position
 
 def rebound(case: zoo.Case, bound: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The case's inputs with its tensors replaced, in order, by those that were bound."""
-    flat, spec = torch.utils._pytree.tree_flatten((case.args, case.kwargs))
-    tensors = iter(bound.values())
-    by_identity = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
-    args, kwargs = torch.utils._pytree.tree_unflatten(by_identity, spec)
+    def replacement(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return next(t for t in bound.values() if t.dtype == leaf.dtype and torch.equal(t, leaf))
+
+    args, kwargs = torch.utils._pytree.tree_map(replacement, (case.args, case.kwargs))
     return args, kwargs
+
+
+@pytest.mark.parametrize("name", NO_RULE)
+def test_refused_by_name(name: str) -> None:
+    with pytest.raises(NO_RULE[name]):
+        compiled(name).explainer("attnlrp")

@@ -35,7 +35,7 @@ from dlbc.passes.pipeline import CANONICALISE
 from tests import zoo
 
 FOLDER = Path(__file__).parent / "filecheck" / "passes"
-OWN = sorted({p.name for p in CANONICALISE} - {"eliminate_dead"}) + ["simplify"]
+OWN = [*sorted({p.name for p in CANONICALISE} - {"eliminate_dead"}), "simplify"]
 SIZES = ({"B": 3, "T": 5, "U": 7, "S": 2}, {"B": 1, "T": 4, "U": 2, "S": 1})
 TOLERANCE = 1e-10
 
@@ -300,7 +300,8 @@ def masked_attention(draw: st.DrawFn) -> Graph:
     y = at.attention(q, k, k, mask, scale=0.5)
     # A mask that is nowhere true adds the same to all keys, which is no mask: only rows that see a key count.
     seen = mask if mask.type.dtype == "bool" else at.ge(mask, -1.0)
-    seen = at.any(at.logical_and(seen, at.full(shape=(B, 1, T, keys), value=True, dtype="bool")), dims=(3,), keepdim=True)
+    everywhere = at.full(shape=(B, 1, T, keys), value=True, dtype="bool")
+    seen = at.any(at.logical_and(seen, everywhere), dims=(3,), keepdim=True)
     y = at.where(seen, y, 0.0)
     return Graph("masked", Section((q, k, pad), tuple(at.ops), (y,)), {"B": (1, 9), "T": (1, 9), "U": (1, 9)})
 

@@ -157,7 +157,7 @@ class Site:
 
     def dtype(self, dtype: str) -> str:
         """The library's name of an element type."""
-        return self.dialect.dtype(dtype, f"#{self.op.place}")
+        return self.dialect.dtype(dtype, f"#{self.op.place}" if self.op.place else "")
 
     def device(self) -> str:
         """`, device=device` where the library has devices."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dlbc.frontends.aten import UNSUPPORTED, Tracer, aten, positive, spread, type_of
 from dlbc.ir.core import Operand, Weight
-from dlbc.ir.dims import Dim
+from dlbc.ir.dims import Dim, product
 
 Numbers = Sequence[int]
 
@@ -402,17 +402,13 @@ def _four(at: Tracer, x: Operand, lead: tuple[Dim, ...]) -> Operand:
     x = at.expanded(x, (*lead, *shape[-2:]))
     if len(lead) == 2:
         return x
-    batch: Dim = 1
-    for size in lead[:-1]:
-        batch = batch * size
-    heads: Dim = lead[-1] if len(lead) > 1 else 1
-    batch = lead[0] if len(lead) == 1 else batch
-    return at.reshape(x, shape=(batch, heads, *shape[-2:]))
+    batch, heads = (lead[:1], ()) if len(lead) < 2 else (lead[:-1], lead[-1:])
+    return at.reshape(x, shape=(product(batch), product(heads), *shape[-2:]))
 
 
 UNSUPPORTED.update(dict.fromkeys(
-    ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "_thnn_fused_lstm_cell", "quantized_lstm", "_pack_padded_sequence",
-     "_pad_packed_sequence"),
+    ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "_thnn_fused_lstm_cell", "quantized_lstm",
+     "_pack_padded_sequence", "_pad_packed_sequence"),
     "recurrent layers are not supported yet; a cell of linear layers and activations written out is"))
 UNSUPPORTED.update(dict.fromkeys(
     ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",

@@ -13,7 +13,7 @@ Sizes = Sequence[Dim]
 
 @aten("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as",
       "ravel", "atleast_1d.default", "atleast_2d.default", "atleast_3d.default", "view_copy",
-      "unsqueeze_copy", "squeeze_copy",      "_reshape_alias", "_reshape_copy", "reshape_copy", "squeeze_", "unsqueeze_")
+      "unsqueeze_copy", "squeeze_copy", "_reshape_alias", "_reshape_copy", "reshape_copy", "squeeze_", "unsqueeze_")
 def view(at: Tracer, x: Operand, *_: object, **__: object) -> Operand:
     """The same elements under the shape the exporter found."""
     if type_of(x).dtype != at.out.dtype:

@@ -233,7 +233,8 @@ def unknown(module: fx.GraphModule) -> set[torch._ops.OpOverload]:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             target = node.target
             if isinstance(target, torch._ops.OpOverload) and not (
-                    _names(target)[1] in _CHECKS | _SIZES or _entry(target, {**TABLE, **UNSUPPORTED})):
+                    _names(target)[1] in _CHECKS | _SIZES or _entry(target, TABLE) is not None
+                    or _entry(target, UNSUPPORTED) is not None):
                 found.add(target)
     return found
 

@@ -16,7 +16,10 @@ from dlbc.ir.core import Graph, Op, Operand, Value, Weight
 from dlbc.ir.dims import Dim, product
 from dlbc.ir.ops import attr, axis, definition, infer
 from dlbc.passes import Pass, register
-from dlbc.passes.match import Dataflow, build, floating, orders, replace_ops, type_of
+from dlbc.passes.match import Dataflow, build, floating, orders, replace_ops, split, type_of
+
+_ROUNDS = 10
+"""A graph that is not settled by then is correct all the same."""
 
 Local = Callable[[Op, Dataflow, Builder], Operand]
 
@@ -34,9 +37,13 @@ class Canonicalise(Pass):
     name: ClassVar[str] = "canonicalise"
 
     def run(self, graph: Graph) -> Graph:
-        """The graph with every rule applied once, from the first op to the last."""
-        for section in ("prepare", "forward"):
-            graph = replace_ops(graph, local, section)
+        """The graph to which no rule applies any more (in practice after two or three rounds)."""
+        for _ in range(_ROUNDS):
+            before = graph
+            for section in ("prepare", "forward"):
+                graph = replace_ops(graph, local, section)
+            if (graph.prepare.body, graph.forward.body) == (before.prepare.body, before.forward.body):
+                return graph
         return graph
 
 
@@ -148,21 +155,6 @@ def _dropped_first(op: Op, flow: Dataflow, at: Builder) -> Operand:
     kept = sorted(left)
     x = _viewed(at, permute.operands[0], tuple(before[a] for a in kept))
     return x if kept == left else at.permute(x, dims=tuple(kept.index(a) for a in left))
-
-
-def split(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> list[tuple[Dim, ...]] | None:
-    """The axes of `after` that each axis of `before` is split into, where a reshape only splits axes."""
-    groups: list[tuple[Dim, ...]] = []
-    position = 0
-    for size in before:
-        end = position + 1
-        while end <= len(after) and product(after[position:end]) != size:
-            end += 1
-        if end > len(after):
-            return None
-        groups.append(after[position:end])
-        position = end
-    return groups if position == len(after) else None
 
 
 def _select(op: Op, flow: Dataflow, at: Builder) -> Operand:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import Dim, Sym
 from dlbc.ir.ops import attr, axis, definition
-from dlbc.passes.canonicalise import split
 from dlbc.passes.mask_facts import FALSE, TRUE, Affine, Bound, Choice, Element, Fact, Look, Predicate
+from dlbc.passes.match import split
 from dlbc.passes.raise_attention import MASKED
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attrs, Graph, Op, Operand, Type, Value, Weight, values
+from dlbc.ir.dims import Dim, product
 from dlbc.ir.ops import axis
 from dlbc.passes.rewrite import rewrite
 
@@ -142,6 +143,21 @@ def as_type(at: Builder, value: Value, wanted: Type) -> Value | None:
     if value.type.shape != wanted.shape:
         return None
     return value if value.type == wanted else at.cast(value, dtype=wanted.dtype)
+
+
+def split(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> list[tuple[Dim, ...]] | None:
+    """The axes of `after` that each axis of `before` is split into, where a reshape only splits axes."""
+    groups: list[tuple[Dim, ...]] = []
+    position = 0
+    for size in before:
+        end = position + 1
+        while end <= len(after) and product(after[position:end]) != size:
+            end += 1
+        if end > len(after):
+            return None
+        groups.append(after[position:end])
+        position = end
+    return groups if position == len(after) else None
 
 
 def build(at: Builder, name: str, *operands: Operand, attrs: Attrs, place: str | None = None) -> Value:

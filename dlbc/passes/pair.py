@@ -158,13 +158,17 @@ class _Pairing:
         return sum(v.name in self.carriers for v in values(op.operands)) == 1
 
     def _joined(self, value: Value, form: Form, eps: Attr = STABILISER) -> Value:
-        """All contributions to a value as one, in the form asked for."""
+        """All contributions to a value as one, in the form asked for.
+
+        Relevance that joins multipliers is divided with the small stabiliser: the rule's own `eps` then damps the sum.
+        """
         parts = self.contributions[value.name]
         sums: dict[Form, Value] = {}
         for own in ("R", "M"):
             if same := [v for f, v in parts if f == own]:
                 sums[own] = self._sum(same, own, value)
         self.contributions[value.name] = list(sums.items())  # a later asker finds the sums
+        eps = eps if len(sums) == 1 else STABILISER
         converted = [v if f == form else self._convert(v, value, form, eps) for f, v in sums.items()]
         return self._sum(converted, form, value)
 

@@ -269,7 +269,10 @@ class _Call:
                 explainer._weights, prepared, state, engine.array(seeds))]
         totals = [float(value.astype(np.float64).sum()) for value in relevance]
         count = len(manifest.explained)
-        return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
+        ledger = ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
+        gross = float(np.abs(seeds.astype(np.float64)).sum())
+        # Only where relevance was seeded: the seed of input x gradient is a multiplier.
+        return replace(ledger, gross=gross) if abs(ledger.seed - float(seeds.sum())) <= 1e-3 * gross else ledger
 
     def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""

@@ -45,12 +45,14 @@ class Ledger:
     """`seed = at inputs + absorbed`, summed over the batch and over all targets.
 
     `seed` is the relevance that was put on the outputs, `inputs` what arrived at each input, and `rows` the
-    operations in the order relevance passed them.
+    operations in the order relevance passed them. `gross` is the sum of the seed's absolute amounts, where they
+    cancel: the seed of a difference of two outputs is 0.
     """
 
     rows: tuple[LedgerRow, ...]
     seed: float
     inputs: Mapping[str, float]
+    gross: float = 0.0
 
     @property
     def absorbed(self) -> dict[str, float]:
@@ -71,9 +73,9 @@ class Ledger:
 
     @property
     def size(self) -> float:
-        """The scale of the whole table: the seed, or all amounts it became where those are larger."""
+        """The scale of the whole table: the seed, net or gross, or all amounts it became where those are larger."""
         parts = [*self.inputs.values(), *self.absorbed.values()]
-        return max(abs(self.seed), math.fsum(map(abs, parts)))
+        return max(abs(self.seed), self.gross, math.fsum(map(abs, parts)))
 
     def closes(self, tolerance: float = 1e-4) -> bool:
         """Whether the totals and every row balance, up to `tolerance` relative to the amounts in play."""
@@ -125,7 +127,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Json]:
         """The table as JSON-able data; `from_dict` reads it back."""
-        return {"seed": number_to_json(self.seed), "inputs": _amounts_to_json(self.inputs),
+        return {"seed": number_to_json(self.seed), "gross": number_to_json(self.gross), "inputs": _amounts_to_json(self.inputs),
                 "rows": [row.to_dict() for row in self.rows]}
 
     @classmethod
@@ -133,7 +135,8 @@ class Ledger:
         """The table that `to_dict` wrote. Raises ValueError when it is not one."""
         match stored:
             case {"seed": seed, "inputs": inputs, "rows": list(rows)}:
-                return cls(tuple(map(_row_from_json, rows)), number_from_json(seed), _amounts_from_json(inputs))
+                return cls(tuple(map(_row_from_json, rows)), number_from_json(seed), _amounts_from_json(inputs),
+                           number_from_json(stored.get("gross", 0.0)))
         raise ValueError("a ledger must have seed, inputs and rows")
 
     @classmethod

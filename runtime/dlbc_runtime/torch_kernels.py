@@ -281,20 +281,42 @@ def max_pool_adjoint(r: Tensor, x: Tensor, y: Tensor, kernel: Sequence[int], str
         return _to_winners_of_tiles(r, x, y, rank)
     needed = [(n - 1) * s + d * (k - 1) + 1
               for n, s, d, k in zip(pooled, stride, dilation, kernel, strict=True)]
-    behind = [max(0, n - size[i] - padding[i]) for i, n in enumerate(needed)]
-    pads = [side for i in reversed(range(rank)) for side in (padding[i], behind[i])]
-    padded = F.pad(x, pads, value=-math.inf) if any(pads) else x
-    windows = [tuple(slice(at * dilation[i], at * dilation[i] + (pooled[i] - 1) * stride[i] + 1, stride[i])
-                     for i, at in enumerate(offsets)) for offsets in _offsets(kernel)]
+    whole = [-(-max(n, p + m) // s) * s for n, p, m, s in zip(needed, padding, size, stride, strict=True)]
+    pads = [side for i in reversed(range(rank)) for side in (padding[i], whole[i] - size[i] - padding[i])]
+    phases = _phases(F.pad(x, pads, value=-math.inf), stride)
+    windows = [_in_phases([at * d for at, d in zip(offsets, dilation, strict=True)], stride, pooled)
+               for offsets in _offsets(kernel)]
     count = torch.zeros_like(y)
     for window in windows:
-        count += _equal(padded[_last(window)], y)
+        count += _equal(phases[window], y)
     share = r / count.clamp_(min=1)
-    out = r.new_zeros((r.shape[0], *padded.shape))
+    out = r.new_zeros((*stride, r.shape[0], *phases.shape[rank:]))
     for window in windows:
-        out[_last(window)] += share * _equal(padded[_last(window)], y)
-    inside = tuple(slice(padding[i], padding[i] + size[i]) for i in range(rank))
-    return out[_last(inside)]
+        out[window] += share * _equal(phases[window], y)
+    inside = [slice(padding[i], padding[i] + size[i]) for i in range(rank)]
+    return _from_phases(out, rank)[_last(inside)]
+
+
+def _phases(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """x [..., n] as [stride, ..., n / stride]: what windows read at one offset is then contiguous in memory."""
+    rank, lead = len(stride), x.ndim - len(stride)
+    split = [part for n, s in zip(x.shape[lead:], stride, strict=True) for part in (n // s, s)]
+    order = (*range(lead + 1, lead + 2 * rank, 2), *range(lead), *range(lead, lead + 2 * rank, 2))
+    return x.reshape(*x.shape[:lead], *split).permute(order).contiguous()
+
+
+def _from_phases(x: Tensor, rank: int) -> Tensor:
+    """The inverse of `_phases`."""
+    lead = x.ndim - 2 * rank
+    pairs = [axis for i in range(rank) for axis in (rank + lead + i, i)]
+    sizes = [x.shape[rank + lead + i] * x.shape[i] for i in range(rank)]
+    return x.permute((*range(rank, rank + lead), *pairs)).reshape(*x.shape[rank:rank + lead], *sizes)
+
+
+def _in_phases(start: Sequence[int], stride: Sequence[int], count: Sequence[int]) -> tuple[Any, ...]:
+    """Where the elements start, start + stride, ... lie in the phases of an array."""
+    return (*(at % s for at, s in zip(start, stride, strict=True)),
+            *_last([slice(at // s, at // s + n) for at, s, n in zip(start, stride, count, strict=True)]))
 
 
 def adaptive_max_pool_adjoint(r: Tensor, x: Tensor, y: Tensor) -> Tensor:
