@@ -16,7 +16,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,30 @@ def cached(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             break
         if found is not None:
             log.info("%s comes from the cache: %s", type(model).__name__, path)
-            return found
+            return _keeping(found, path)
     explainer = compile_now(model, args, kwargs, options, default, recompile=again)
     # A program for certain sizes only is found by those sizes, as is one that another's sizes keep out.
     path = sized if explainer.manifest.static or occupied else general
     _write(path, pack(explainer, extra={"key": path.stem}))
+    return _keeping(explainer, path)
+
+
+def _keeping(explainer: Explainer, path: Path) -> Explainer:
+    """The explainer, which adds the program of its ledger to its entry when that is first built: it takes seconds
+    for a large model."""
+    build = explainer._build
+
+    def kept(variant: Variant) -> Program:
+        assert build is not None
+        program = build(variant)
+        if variant.ledger and replace(variant, ledger=False) == explainer.default:
+            whole = Explainer({**explainer.programs, variant: program}, explainer.weights, default=explainer.default,
+                              recipe=explainer.recipe)
+            _write(path, pack(whole, extra={"key": path.stem}))
+        return program
+
+    if build is not None:
+        explainer._build = kept
     return explainer
 
 

@@ -21,6 +21,7 @@ from dlbc.ir.core import Graph, Op, Weight
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.passes import Pass, run
+from dlbc.passes.defer import Defer
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.hoist_constants import HoistConstants
@@ -29,6 +30,7 @@ from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions
+from dlbc.passes.sink_targets import SinkTargets
 from dlbc_runtime.arrays import Json
 from dlbc_runtime.explainer import Explainer, Recompile
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
@@ -140,6 +142,7 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
     """One variant, from the canonical graph to the generated module."""
     graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
+    graph = run(graph, () if variant.dense else (SinkTargets(variant.output),))
     paired = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=options.composite),))
     return finish_program(source, options, variant, paired)
 
@@ -159,7 +162,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
 
 def lowering(options: Options, *, ledger: bool) -> tuple[Pass, ...]:
     """The passes from level 2 to level 3."""
-    return (Lower(ledger=ledger), EliminateCommon(), Simplify(), EliminateCommon(), HoistConstants(),
+    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), HoistConstants(),
             EliminateDead())
 
 
@@ -174,7 +177,7 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manif
                       for w in graph.weights.values()),
         prepared_from=tuple(name for name in graph.weights if name in prepared),
         explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]), before=str(graph.attrs["before"]),
-        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs),
+        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs), sparse="targets" in graph.attrs,
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
         rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), rule_text(op))
                     for op in paired.relevance.ops if op.rule is not None),

@@ -90,7 +90,7 @@ class Result:
     @property
     def conservation(self) -> str:
         ledger = self.explanation.conservation()
-        shares = [f"{number(round(ledger.at_inputs, 2))} at the input"]
+        shares = [f"{number(round(ledger.at_inputs, 2) or 0)} at the input"]
         shares += [f"{number(round(amount, 2))} {cause}" for cause, amount in ledger.absorbed.items() if abs(amount) >= 0.05]
         verdict = "adds up" if ledger.closes() else "DOES NOT ADD UP"
         return f"{verdict}: {number(ledger.seed)} = {' + '.join(shares)}".replace("+ −", "− ")

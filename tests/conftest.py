@@ -47,14 +47,14 @@ def cache_dir(_cache_of_session: None) -> Iterator[Path]:
 
 
 def _model(item: pytest.Item) -> str:
-    """The zoo model that a test of test_models.py is about."""
+    """The zoo model that a test of test_models.py or test_model_laws.py is about."""
     callspec = getattr(item, "callspec", None)
     return str(callspec.params.get("name", "")) if callspec else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one model run together, since exporting it is the dear part; `gpu` tests need a CUDA device."""
-    models = [item for item in items if item.path.name == "test_models.py"]
+    models = [item for item in items if item.path.name in ("test_models.py", "test_model_laws.py")]
     order = {name: number for number, name in enumerate(dict.fromkeys(map(_model, models)))}
     items[:] = sorted(models, key=lambda item: order[_model(item)]) + [i for i in items if i not in set(models)]
     for item in models:

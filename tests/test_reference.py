@@ -250,6 +250,9 @@ for _keepdim in (False, True):
 # --- linear maps -------------------------------------------------------------------------------------
 
 case("linear", rand(2, 3, 4), rand(5, 4), rand(5), expected=F.linear)
+case("linear_rows", rand(2, 3, 4), rand(2, 3, 5, 4), rand(2, 3, 5), expected=lambda x, rows, bias: torch.einsum(
+    "btd,btkd->btk", x, rows) + bias)
+case("linear_rows", rand(3, 4), rand(3, 5, 4), expected=lambda x, rows: torch.einsum("td,tkd->tk", x, rows))
 case("linear", rand(4), rand(5, 4), expected=F.linear)
 case("matmul", rand(2, 1, 3, 4), rand(5, 4, 2), expected=torch.matmul)
 case("matmul", below(5, 3, 4), below(5, 4, 2), expected=torch.matmul)

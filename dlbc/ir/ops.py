@@ -418,6 +418,14 @@ def linear(x: Type, weight: Type, bias: Type | None = None) -> Type:
     return Type(promote(x, weight), (*x.shape[:-1], weight.shape[0]))
 
 
+@op("linear_rows")
+def linear_rows(x: Type, rows: Type, bias: Type | None = None) -> Type:
+    """`y[..., k] = sum_d x[..., d] rows[..., k, d] + bias[..., k]`: a linear layer with rows chosen per position."""
+    require(rows.rank == x.rank + 1 and rows.shape[-1] == x.shape[-1], f"rows {rows} for x {x}")
+    require(bias is None or bias.shape == rows.shape[:-1], f"bias {bias} for rows {rows}")
+    return Type(promote(x, rows), (*broadcast(x.shape[:-1], rows.shape[:-2]), rows.shape[-2]))
+
+
 @op("matmul")
 def matmul(a: Type, b: Type) -> Type:
     """Matrix product over the last two axes, batch axes broadcast; both of rank >= 2."""

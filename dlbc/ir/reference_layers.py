@@ -31,6 +31,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return y if bias is None else y + bias
 
 
+def linear_rows(x: Array, rows: Array, bias: Array | None = None) -> Array:
+    """`sum_d x[..., d] rows[..., k, d] + bias[..., k]`."""
+    y: Array = (x[..., None, :] * rows).sum(-1)
+    return y if bias is None else y + bias
+
+
 def einsum(*xs: Array, equation: str) -> Array:
     """Sum of products."""
     return np.asarray(np.einsum(equation, *xs, optimize=True))
@@ -319,7 +325,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, *, scale:
 
 
 LAYERS: dict[str, Callable[..., Array | tuple[Array, Array]]] = {
-    "linear": linear, "matmul": np.matmul, "einsum": einsum,
+    "linear": linear, "linear_rows": linear_rows, "matmul": np.matmul, "einsum": einsum,
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
     "conv_transpose1d": transposed_convolution, "conv_transpose2d": transposed_convolution,
     "conv_transpose3d": transposed_convolution,

@@ -166,7 +166,16 @@ class _Verifier:
             else:
                 scope.hidden[name] = (f"%{name} is not saved", f"write `save %{name}` after forward's return, or "
                                                                "recompute it in the relevance section")
+        self.forward_types |= {r.name: r.type for op in section.ops for r in op.results}  # deferred, recomputed
+        scores = self.graph.attrs.get("scores")
+        for seed in section.params:  # of scores that no rule reads, only their seed is left
+            form, _, name = seed.name.partition(".")
+            if form in ("R", "M") and name == scores and name not in self.forward_types:
+                self.forward_types[name] = Type("f32", seed.type.shape[1:])
         for seed in section.params:
+            if not seed.type.floating:  # which numbers of an output are seeded: an index, no seed
+                self.define(seed, scope, f"%{seed.name}")
+                continue
             form, _, name = seed.name.partition(".")
             explained = self.forward_types.get(name)
             if explained is None or form not in ("R", "M"):

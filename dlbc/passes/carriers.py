@@ -25,7 +25,7 @@ def explained_inputs(graph: Graph) -> tuple[Value, ...]:
     chosen = graph.attrs.get("explain")
     if isinstance(chosen, tuple):
         return tuple(p for p in graph.forward.params if p.name in chosen)
-    return tuple(p for p in graph.forward.params if "mask" not in p.name and not p.name.endswith("positions"))
+    return tuple(p for p in graph.forward.params if "mask" not in p.name and "position" not in p.name)
 
 
 def data_operands(op: Op) -> tuple[Operand, ...]:

@@ -142,7 +142,8 @@ class _Lowering:
         at = Expansion(self.taken, self.facts, of=name)
         value = next(v for v in (*self.graph.forward.params, *(r for op in self.forward.values() for r in op.results))
                      if v.name == name)
-        self._record(at, Op("seed", (), (), of=name), "seed", [("seed", self._relevance(at, form, value, seed))])
+        amount = self._relevance(at, form, value, seed)
+        self._record(at, Op("seed", (), (), of=name), "seed", [("seed", amount), ("gross", at.abs(amount))])
         self.taken = at.taken
         self.ops += at.ops
 

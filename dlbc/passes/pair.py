@@ -20,6 +20,7 @@ from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
 from dlbc.passes import Pass, register
 from dlbc.passes.carriers import data_operands, explained_inputs
 from dlbc.passes.expand import expand_rule, facts
+from dlbc.passes.outputs import explainable_outputs, explained_output, output_names
 from dlbc.passes.rewrite import live, names
 from dlbc.passes.rules import RULES, Form, seeded
 
@@ -85,7 +86,7 @@ class _Pairing:
         position = [r.name for r in forward.results].index(self.output.name)
         graph = graph.with_attrs(
             composite=self.composite.name, explained=tuple(p.name for p in inputs),
-            nodes=tuple(place for place, _ in nodes), output=_names(graph, "outputs")[position], before=skipped)
+            nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped)
         saved = {v.name: v for op in body for v in values(op.reads)}
         defined = {p.name: p for p in forward.params} | {r.name: r for op in forward.ops for r in op.results}
         return replace(graph, forward=replace(
@@ -93,18 +94,21 @@ class _Pairing:
             saves=tuple(v for n, v in saved.items() if n in defined)))
 
     def _explained_output(self, wanted: str) -> Value:
-        outputs = dict(zip(_names(self.graph, "outputs"), self.graph.forward.results, strict=True))
-        carrying = [name for name, value in outputs.items() if value.name in self.carriers]
-        if not carrying:
-            raise IRError("no output depends on an explained input in a differentiable way",
-                          hint="outputs that are integers or constants cannot be explained")
-        chosen = wanted or ("logits" if "logits" in carrying else carrying[0])
-        if chosen not in carrying:
-            raise IRError(f"`{chosen}` is no output that can be explained", hint=f"it can be {', '.join(carrying)}")
-        return outputs[chosen]
+        found = explained_output(self.graph, wanted)
+        if found is None:
+            known = ", ".join(explainable_outputs(self.graph))
+            if not known:
+                raise IRError("no output depends on an explained input in a differentiable way",
+                              hint="outputs that are integers or constants cannot be explained")
+            raise IRError(f"`{wanted}` is no output that can be explained", hint=f"it can be {known}")
+        return found
 
     def _before_softmax(self, output: Value) -> tuple[Value, str]:
-        """The value to seed: what enters a final softmax or sigmoid, and the name of what was skipped."""
+        """The value to seed: `%scores` where targets are sparse, or what enters a final softmax or sigmoid; and the
+        name of what was skipped."""
+        scores = self.graph.attrs.get("scores")
+        if scores is not None:
+            return next(r for op in self.graph.forward.ops for r in op.results if r.name == scores), ""
         op = self.graph.forward.definitions().get(output.name)
         if op is not None and op.name in FINAL and isinstance(op.operands[0], Value):
             return op.operands[0], op.name
@@ -214,12 +218,4 @@ def _reads(trial: Sequence[Op], wanted: Sequence[Value | None], incoming: Sequen
              if isinstance(o, Weight) or (isinstance(o, Value) and o.name not in own)}
     found |= {str(v): v for v in wanted if v is not None and v.name not in own}
     return tuple(found.values())
-
-
-def _names(graph: Graph, attr: str) -> tuple[str, ...]:
-    found = graph.attrs.get(attr)
-    if isinstance(found, tuple):
-        return tuple(str(name) for name in found)
-    return tuple(v.name for v in (graph.forward.results if attr == "outputs" else graph.forward.params))
-
 

@@ -21,7 +21,7 @@ from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, LedgerRow
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant
 from dlbc_runtime.signature import SizeError
-from dlbc_runtime.target import Target, as_targets
+from dlbc_runtime.target import Seed, Target, as_targets
 
 if TYPE_CHECKING:
     import networkx
@@ -146,7 +146,8 @@ class Explainer:
                          **kwargs)
         targets, many = as_targets(target)
         variant = replace(self._default, keep=keep or self._default.keep, output=output or self._default.output,
-                          all_positions=positions == "all" or self._default.all_positions)
+                          all_positions=positions == "all" or self._default.all_positions,
+                          dense=self._default.dense or any(one.kind == "tensor" for one in targets))
         return _Call(self, variant, given, targets, many, multiplier).run()
 
     def with_options(self, **options: Any) -> Explainer:
@@ -229,7 +230,7 @@ class _Call:
             outputs = dict(zip(manifest.outputs.names, results, strict=False))
             seeds, explained = self._seeds(manifest, as_numpy(outputs[manifest.output]), columns)
             forwarded = time.perf_counter()
-            relevance = loaded.module.relevance(explainer._weights, prepared, state, engine.array(seeds))
+            relevance = loaded.module.relevance(explainer._weights, prepared, state, *map(engine.array, seeds))
             finished = time.perf_counter()
         if manifest.before:
             explainer._say_once(f"`{manifest.output}` ends in {manifest.before}: the value before it is explained")
@@ -266,13 +267,13 @@ class _Call:
             output = as_numpy(dict(zip(manifest.outputs.names, results, strict=False))[manifest.output])
             seeds, _ = self._seeds(manifest, output, columns)
             relevance = [as_numpy(r) for r in loaded.module.relevance(
-                explainer._weights, prepared, state, engine.array(seeds))]
+                explainer._weights, prepared, state, *map(engine.array, seeds))]
         totals = [float(value.astype(np.float64).sum()) for value in relevance]
         count = len(manifest.explained)
         ledger = ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
-        gross = float(np.abs(seeds.astype(np.float64)).sum())
+        gross, net = (float(total) for total in (np.abs(seeds[0], dtype=np.float64).sum(), seeds[0].sum(dtype=np.float64)))
         # Only where relevance was seeded: the seed of input x gradient is a multiplier.
-        return replace(ledger, gross=gross) if abs(ledger.seed - float(seeds.sum())) <= 1e-3 * gross else ledger
+        return replace(ledger, gross=gross) if abs(ledger.seed - net) <= 1e-3 * gross else ledger
 
     def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
@@ -297,21 +298,77 @@ class _Call:
         return length, (length - 1 - visible[:, ::-1].argmax(1)).astype(np.int64)
 
     def _seeds(self, manifest: Manifest, output: Array, columns: Array | None
-               ) -> tuple[Array, tuple[Explained, ...]]:
-        """Seeds [S, *output] times the multiplier, and what each means."""
+               ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+        """The relevance section's arguments, seeds times the multiplier and (sparse) targets; and their meaning."""
+        if any(target.kind == "tensor" for target in self.targets):
+            return self._weightings(manifest, output, columns)
+        batch = output.shape[0] if output.ndim else 1
+        places = np.zeros((len(self.targets), batch), np.int64) if columns is None else (
+            columns if self.variant.all_positions else _columns(columns)[1])
+        rows = np.arange(batch)
+        found = [target.seed(output if columns is None else output[rows, places[number]], manifest.output,
+                             None if columns is None else columns[number], number)
+                 for number, target in enumerate(self.targets)]
+        explained = tuple(one for seed in found for one in seed.explained)
+        return (_sparse if manifest.sparse else _dense)(
+            output, found, places, columns is not None, np.float32(self.multiplier)), explained
+
+    def _weightings(self, manifest: Manifest, output: Array, columns: Array | None
+                    ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+        """Dense seeds, where a target weights the whole output."""
         seeds = np.zeros((len(self.targets), *output.shape), np.float32)
         explained: list[Explained] = []
-        rows = np.arange(output.shape[0])
-        places = columns if self.variant.all_positions or columns is None else _columns(columns)[1]
         for number, target in enumerate(self.targets):
-            if places is None or columns is None or target.kind == "tensor":
-                seeds[number], meaning = target.seed(output, manifest.output, None, number, logits=True)
+            if target.kind == "tensor":
+                seeds[number], meaning = target.weighting(output, manifest.output, number)
+                explained += meaning
             else:
-                chosen, meaning = target.seed(output[rows, places[number]], manifest.output, columns[number], number,
-                                              logits=True)
-                seeds[number][rows, places[number]] = chosen
-            explained += meaning
-        return seeds * np.float32(self.multiplier), tuple(explained)
+                single = replace(self, targets=(target,))
+                own, meaning = single._seeds(replace(manifest, sparse=False), output,
+                                             None if columns is None else columns[number:number + 1])
+                seeds[number] = own[0][0] / np.float32(self.multiplier)
+                explained += [replace(one, seed=number) for one in meaning]
+        return (seeds * np.float32(self.multiplier),), tuple(explained)
+
+
+def _dense(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
+           ) -> tuple[Array, ...]:
+    """Seeds [S, *output]."""
+    seeds = np.zeros((len(found), *output.shape), np.float32)
+    for number, seed in enumerate(found):
+        for row, (indices, weights) in enumerate(zip(seed.indices, seed.weights, strict=True)):
+            for index, weight in zip(indices, weights, strict=True):
+                place = (row, places[number, row], index) if sequence else (row, index)[:output.ndim]
+                seeds[(number, *place)] += weight * multiplier
+    return (seeds,)
+
+
+def _sparse(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
+            ) -> tuple[Array, ...]:
+    """Seeds [S, B, P, K] of the scores, and the targets [B, P, K] (without P for an output [B, V]).
+
+    Each position holds the targets that are explained there; slots that stay empty have seed 0.
+    """
+    batch, positions = output.shape[0], output.shape[1] if sequence else 1
+    slots: list[list[list[int]]] = [[[] for _ in range(positions)] for _ in range(batch)]
+    entries: list[tuple[int, int, int, int, float]] = []
+    for number, seed in enumerate(found):
+        for row in range(batch):
+            place = int(places[number, row]) if sequence else 0
+            for index, weight in zip(seed.indices[row], seed.weights[row], strict=True):
+                held = slots[row][place]
+                if int(index) not in held:
+                    held.append(int(index))
+                entries.append((number, row, place, held.index(int(index)), float(weight)))
+    width = max(len(held) for row_slots in slots for held in row_slots)
+    targets = np.zeros((batch, positions, width), np.int64)
+    for row, row_slots in enumerate(slots):
+        for place, held in enumerate(row_slots):
+            targets[row, place, :len(held)] = held
+    seeds = np.zeros((len(found), batch, positions, width), np.float32)
+    for number, row, place, slot, weight in entries:
+        seeds[number, row, place, slot] += weight * multiplier
+    return (seeds, targets) if sequence else (seeds[:, :, 0], targets[:, 0])
 
 
 def _columns(columns: Array) -> tuple[Array, Array]:
@@ -324,14 +381,14 @@ def _columns(columns: Array) -> tuple[Array, Array]:
 def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], inputs: Mapping[str, float]) -> Ledger:
     """The ledger from the sums that a program returned, named (place, op, value, side or cause, rule)."""
     rows: list[LedgerRow] = []
-    seed = math.fsum(total for entry, total in zip(entries, totals, strict=True) if entry[3] == "seed")
+    seeded = {entry[3]: total for entry, total in zip(entries, totals, strict=True) if entry[1] == "seed"}
     by_op: dict[tuple[str, ...], dict[str, float]] = {}
     for (place, op, value, side, rule), total in zip(entries, totals, strict=True):
-        if side == "seed":
+        if op == "seed":
             continue
         amounts = by_op.setdefault((place, op, value, rule), {})
         amounts[side] = amounts.get(side, 0.0) + total
     for (place, op, _, rule), amounts in by_op.items():
         rows.append(LedgerRow(place, op, amounts.pop("in", math.fsum(amounts.values())), amounts.pop("out", 0.0),
                               amounts, rule))
-    return Ledger(tuple(rows), seed, inputs)
+    return Ledger(tuple(rows), seeded["seed"], inputs, seeded["gross"])

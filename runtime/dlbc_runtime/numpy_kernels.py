@@ -212,6 +212,12 @@ def _strided(x: Array) -> Array:
     return x if x.itemsize in x.strides[-2:] else np.ascontiguousarray(x)
 
 
+def linear_rows(x: Array, rows: Array, bias: Array | None = None) -> Array:
+    """`sum_d x[..., d] rows[..., k, d] + bias[..., k]`."""
+    y = np.matmul(rows, x[..., None])[..., 0]
+    return y if bias is None else y + bias
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """`x @ weight.T + bias` over the last axis."""
     rows = matmul(x.reshape(-1, x.shape[-1]), weight.T)

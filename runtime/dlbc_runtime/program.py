@@ -14,18 +14,20 @@ from dlbc_runtime.signature import InputSpec, OutputSpec
 @dataclass(frozen=True)
 class Variant:
     """What distinguishes the programs of one explainer: what is kept besides the inputs, the ledger, the output
-    that is explained, and whether all positions of a sequence output are computed."""
+    that is explained, whether all positions of a sequence output are computed, and whether seeds weight the
+    whole output (`dense`) where it is wide enough for a few chosen targets to be cheaper."""
 
     keep: str = "inputs"
     ledger: bool = False
     output: str = ""
     all_positions: bool = False
+    dense: bool = False
 
     @property
     def name(self) -> str:
         """A name for files: `default`, or what differs from it."""
         parts = [self.keep if self.keep != "inputs" else "", "ledger" if self.ledger else "", self.output,
-                 "all_positions" if self.all_positions else ""]
+                 "all_positions" if self.all_positions else "", "dense" if self.dense else ""]
         return "-".join(p.replace("*", "_").replace("/", "_") for p in parts if p) or "default"
 
 
@@ -63,6 +65,7 @@ class Manifest:
     before: str
     nodes: tuple[str, ...]
     sequence: str
+    sparse: bool
     ledger: tuple[tuple[str, ...], ...]
     rules: tuple[RuleRow, ...]
     static: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class Manifest:
         return {
             **{name: getattr(self, name) for name in ("model", "backend", "composite", "output", "before", "sequence")},
             "inputs": self.inputs.to_json(), "outputs": self.outputs.to_json(),
+            "sparse": self.sparse,
             "weights": [[w.name, w.dtype, list(w.shape)] for w in self.weights],
             "prepared_from": list(self.prepared_from), "explained": list(self.explained), "nodes": list(self.nodes),
             "ledger": [list(entry) for entry in self.ledger],
@@ -88,7 +92,7 @@ class Manifest:
             weights=tuple(WeightSpec(str(n), str(d), tuple(int(i) for i in s)) for n, d, s in data["weights"]),
             prepared_from=tuple(data["prepared_from"]), explained=tuple(data["explained"]),
             output=str(data["output"]), before=str(data["before"]), nodes=tuple(data["nodes"]),
-            sequence=str(data["sequence"]), ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
+            sequence=str(data["sequence"]), sparse=bool(data["sparse"]), ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
             rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
             static=dict(data["static"]), versions=dict(data["versions"]))
 

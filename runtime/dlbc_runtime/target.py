@@ -65,41 +65,46 @@ class Target:
                              where="target", hint=f"the sequence has {length} positions: 0 to {length - 1}")
         return wrapped
 
-    def seed(self, output: Array, name: str, positions: Array | None, number: int, *, logits: bool
-             ) -> tuple[Array, tuple[Explained, ...]]:
-        """The weighting of `output` [B, ..., V] (the explained position only, where there are positions) and
-        what it means for each row."""
-        if self.kind == "tensor":
-            return self._given(output, name, number)
-        rows = output.reshape(output.shape[0], -1) if output.ndim < 2 else output
+    def seed(self, output: Array, name: str, positions: Array | None, number: int) -> Seed:
+        """What this target seeds of `output` [B, V] (of the explained position, where there are positions)."""
+        rows = output.reshape(output.shape[0], -1) if output.ndim == 1 else output
         if rows.ndim != 2:
             raise InputError(f"output `{name}` has shape {list(output.shape)}: which number of it to explain is not clear",
                              where="target", hint="give Target.tensor(weights) of that shape")
         batch, count = rows.shape
+        every = np.arange(batch)
         chosen = rows.argmax(-1) if self.kind == "predicted" else _rows(_given(self.chosen), batch, "target", count)
-        seed = np.zeros(rows.shape, np.float32)
-        seed[np.arange(batch), chosen] += 1.0
-        against = None
-        if self.kind == "difference":
-            against = _rows(_given(self.against), batch, "target", count)
-            seed[np.arange(batch), against] -= 1.0
-        likely = _softmax(rows) if logits and count > 1 else None
+        against = _rows(_given(self.against), batch, "target", count) if self.kind == "difference" else None
+        likely = _softmax(rows) if count > 1 and against is None else None
         explained = tuple(Explained(
             row, number, name, int(chosen[row]) if count > 1 else None,
             int(against[row]) if against is not None else None,
             int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]),
-            float(likely[row, chosen[row]]) if likely is not None and against is None else None)
-            for row in range(batch))
-        return seed.reshape(output.shape), explained
+            float(likely[row, chosen[row]]) if likely is not None else None) for row in every)
+        if against is None:
+            return Seed(chosen[:, None], np.ones((batch, 1), np.float32), explained)
+        weights = np.broadcast_to(np.array([1.0, -1.0], np.float32), (batch, 2))
+        return Seed(np.stack([chosen, against], 1), weights, explained)
 
-    def _given(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
+    def weighting(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
+        """The weights of `Target.tensor` in the shape of `output`, and what they mean for each row."""
         assert self.weights is not None
         try:
             seed = np.broadcast_to(self.weights, output.shape).astype(np.float32)
         except ValueError as problem:
             raise InputError(f"Target.tensor has shape {list(self.weights.shape)}, output `{name}` has "
                              f"{list(output.shape)}", where="target") from problem
-        return seed, tuple(Explained(row, number, name, text=f"weighted {name}") for row in range(output.shape[0]))
+        rows = range(output.shape[0] if output.ndim else 1)
+        return seed, tuple(Explained(row, number, name, text=f"weighted {name}") for row in rows)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The numbers of an output that a target is about: their indices [B, k], weights [B, k], and meaning per row."""
+
+    indices: Array
+    weights: Array
+    explained: tuple[Explained, ...]
 
 
 def as_targets(target: object) -> tuple[tuple[Target, ...], bool]:

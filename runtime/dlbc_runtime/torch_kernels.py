@@ -80,6 +80,12 @@ def where(condition: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     return torch.where(condition, a, b)
 
 
+def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`sum_d x[..., d] rows[..., k, d] + bias[..., k]`."""
+    y = torch.matmul(rows, x.unsqueeze(-1)).squeeze(-1)
+    return y if bias is None else y + bias
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """`x * cos + rotate(x) * sin`; rotate is (-x2, x1) of the two halves, or of each pair."""
     if interleaved:

@@ -142,6 +142,11 @@ def _linear(site: Site) -> str:
     return f"kernels.linear({', '.join(_typed(site))})"
 
 
+@_writes("linear_rows")
+def _linear_rows(site: Site) -> str:
+    return f"kernels.linear_rows({', '.join(_typed(site))})"
+
+
 @_writes("einsum")
 def _einsum(site: Site) -> str:
     return f"np.einsum({', '.join([site.text('equation'), *_typed(site)])}, optimize=True)"

@@ -16,7 +16,7 @@ from dlbc.passes.rules import Contributions, Expansion, only, rule
 
 CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
 TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
-LINEAR = ("linear", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool", "mean", "sum",
+LINEAR = ("linear", "linear_rows", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool", "mean", "sum",
           "cumsum", "rotary", "batch_norm")
 
 
@@ -62,7 +62,7 @@ class LinearMap:
 def linear_map(at: Expansion, op: Op) -> LinearMap:
     """The linear map that an op of `LINEAR` is in its one carrying operand."""
     position = next(i for i, operand in enumerate(op.operands) if at.carries(operand))
-    if op.name in ("linear", *CONVS, *TRANSPOSED):
+    if op.name in ("linear", "linear_rows", *CONVS, *TRANSPOSED):
         bias = op.operands[2] if len(op.operands) > 2 else None
         return LinearMap(at, op, 0, (at.read(op.operands[1]),), at.read(bias))
     if op.name == "rotary":
@@ -171,6 +171,13 @@ def _apply_batch_norm(linear: LinearMap, x: Operand) -> Value:
 
 def _linear_adjoint(linear: LinearMap, r: Value) -> Value:
     return linear.at.matmul(r, linear.weights[0])
+
+
+def _linear_rows_adjoint(linear: LinearMap, r: Value) -> Value:
+    at = linear.at
+    *front, count = r.type.shape
+    found = at.matmul(at.reshape(r, shape=(*front, 1, count)), linear.weights[0])
+    return at.reshape(found, shape=(*front, found.type.shape[-1]))
 
 
 def _matmul_adjoint(linear: LinearMap, r: Value) -> Value:
@@ -282,7 +289,7 @@ def _batch_norm_adjoint(linear: LinearMap, r: Value) -> Value:
 
 _FORWARD = {name: _apply for name in LINEAR} | {"rotary": _apply_rotary, "batch_norm": _apply_batch_norm}
 _ADJOINT = {
-    "linear": _linear_adjoint, "matmul": _matmul_adjoint, "einsum": _einsum_adjoint,
+    "linear": _linear_adjoint, "linear_rows": _linear_rows_adjoint, "matmul": _matmul_adjoint, "einsum": _einsum_adjoint,
     **dict.fromkeys(CONVS, _conv_adjoint), **dict.fromkeys(TRANSPOSED, _conv_transpose_adjoint),
     "avg_pool": _avg_pool_adjoint, "adaptive_avg_pool": _adaptive_adjoint, "mean": _mean_adjoint,
     "sum": _sum_adjoint, "cumsum": _cumsum_adjoint, "rotary": _rotary_adjoint, "batch_norm": _batch_norm_adjoint,
