@@ -77,7 +77,7 @@ class Target:
         against = _rows(_given(self.against), batch, "target", count) if self.kind == "difference" else None
         likely = _softmax(rows) if count > 1 and against is None else None
         explained = tuple(Explained(
-            row, number, name, int(chosen[row]) if count > 1 else None,
+            int(row), number, name, int(chosen[row]) if count > 1 else None,
             int(against[row]) if against is not None else None,
             int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]),
             float(likely[row, chosen[row]]) if likely is not None else None) for row in every)

@@ -1,0 +1,117 @@
+"""Real trained models, from text and pictures to relevance: forward, oracle, ledger, and what the maps say."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import dlbc
+import zoo
+from dlbc.compiler import Options, compile_now
+from dlbc_runtime.explainer import Explainer
+from dlbc_runtime.program import Variant
+from test_models import distance, oracle
+
+pytestmark = pytest.mark.real
+PRESETS = ["attnlrp", "cp-lrp", "dlb", "epsilon", "input-x-gradient"]
+
+
+def need(name: str) -> None:
+    if not zoo.available(name):
+        pytest.skip(f"needs {', '.join(zoo.NEEDS[name])}")
+
+
+@functools.lru_cache(maxsize=1)
+def language_model() -> tuple[torch.nn.Module, object, dict[str, torch.Tensor]]:
+    need("smollm2_next_token")
+    model, tokenizer = zoo.smollm2()
+    return model, tokenizer, dict(tokenizer("The capital of France is", return_tensors="pt"))
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_language_model() -> Explainer:
+    model, _, inputs = language_model()
+    return compile_now(model, (), inputs, Options(rules="attnlrp"), Variant())
+
+
+def seeds_for(explainer: Explainer, explanation: dlbc.Explanation) -> np.ndarray:
+    output = explanation.outputs[explainer.manifest.output]
+    seeds = np.zeros(output.shape)
+    for one in explanation.target:
+        seeds[(one.row, 0, one.index) if output.ndim == 3 else (one.row, one.index)] = 100.0
+    return seeds
+
+
+def test_smollm2_continues_and_is_explained() -> None:
+    model, tokenizer, inputs = language_model()
+    explainer = compiled_language_model()
+    found = explainer(**inputs)
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[:, -1]
+    np.testing.assert_allclose(found.outputs["logits"][:, 0], logits, atol=2e-4)
+    assert tokenizer.decode(found.target[0].index) == " Paris"
+    relevance = found.with_tokens(tokenizer).top(3)
+    assert "France" in {one.name.strip() for one in relevance} | {one.name.strip() for one in relevance}
+    assert found.conservation().closes(1e-4)
+
+
+def test_smollm2_equals_the_oracle() -> None:
+    model, _, inputs = language_model()
+    dense = compile_now(model, (), inputs, Options(rules="attnlrp"), Variant(dense=True))
+    found = compiled_language_model()(**inputs)
+    wanted = oracle(dense, found, seeds_for(dense, found))
+    assert distance(found.relevance["input_ids"], wanted["input_ids"]) <= 1e-4
+
+
+def test_smollm2_at_other_lengths_and_with_padding() -> None:
+    model, tokenizer, _ = language_model()
+    explainer = compiled_language_model()
+    texts = ["Water is", "The opposite of hot is something that we call"]
+    for side in ("left", "right"):
+        tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        found = explainer(**batch)
+        for row, text in enumerate(texts):
+            alone = tokenizer(text, return_tensors="pt")
+            mask = batch["attention_mask"][row].bool().numpy()
+            single = explainer(**alone, target=dlbc.Target.index(found.target[row].index))
+            inside = found.relevance["input_ids"][row][mask]
+            assert (found.relevance["input_ids"][row][~mask] == 0).all()
+            assert distance(inside, single.relevance["input_ids"][0]) <= 1e-3
+
+
+@pytest.mark.parametrize("rules", PRESETS)
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_minilm_classifies_and_is_explained(backend: str, rules: str) -> None:
+    need("minilm_sentiment")
+    case = zoo.CASES["minilm_sentiment"]()
+    explainer = dlbc.compile(case.model, case.kwargs or case.args, rules=rules, backend=backend)
+    found = explainer(*case.args, **case.kwargs)
+    with torch.no_grad():
+        wanted = case.model(*case.args, **case.kwargs)
+    own = next(iter(found.outputs.values()))
+    np.testing.assert_allclose(own, getattr(wanted, "logits", wanted), atol=1e-4)
+    expected = oracle(explainer, found, seeds_for(explainer, found))
+    for name, value in expected.items():
+        assert distance(found.relevance[name], value) <= (1e-4 if rules != "dlb" else 1e-5)
+    assert found.conservation().closes(1e-4)
+
+
+@pytest.mark.parametrize("rules", ["epsilon", "dlb", "input-x-gradient"])
+def test_efficientnet_sees_a_cat(rules: str) -> None:
+    need("efficientnet_pictures")
+    model, picture = zoo.efficientnet_lite0(), zoo.image_input(zoo.picture("chelsea"))
+    explainer = dlbc.compile(model, picture, rules=rules)
+    found = explainer(picture)
+    with torch.no_grad():
+        np.testing.assert_allclose(next(iter(found.outputs.values())), model(picture), atol=2e-4)
+    assert found.target[0].index == 285  # Egyptian cat
+    (relevance,) = found.relevance.values()
+    assert relevance.shape == tuple(picture.shape)
+    expected = oracle(explainer, found, seeds_for(explainer, found))
+    scale = 1e-5 if rules == "dlb" else 1e-3
+    assert distance(relevance, next(iter(expected.values()))) <= scale
+    assert found.conservation().closes(1e-4)
