@@ -26,8 +26,8 @@ def table(measured: Mapping[str, object] | None) -> str:
     lines = [
         "Time and added peak memory of one explanation, forward pass included, over a plain torch forward pass and the",
         "gradient with respect to the input of the same model. Both run in turn in one process; the table shows the",
-        "median of the ratios, and in brackets the smallest and largest. For the language model the baseline computes the",
-        "head at the last position only. `torch` backend, float32, random weights.",
+        "median of the ratios, and in brackets the smallest and largest. For the language model the baseline computes",
+        "the head at the last position only. `torch` backend, float32, random weights.",
         "", "| model | rules | time ÷ (forward + gradient) | added memory ÷ the same |", "|---|---|---|---|",
         *(_row(row) for row in rows if row["case"] != BASELINE),
         "", f"Measured by [`benchmarks/cost.py`](benchmarks/cost.py) on {_machine(machine)}."]

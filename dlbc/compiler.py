@@ -79,7 +79,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
-    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds.
+    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" is `attnlrp`.
     `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
     `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
     `explain`: names of the inputs to explain (default: all but masks). `keep`, `output`: defaults for calls.
@@ -92,9 +92,11 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     """
     from dlbc.frontends.inputs import normalise
 
+    check_model(model)
     args, kwargs = normalise(example_inputs)
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
-    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, tuple(explain),
+    explained = (explain,) if isinstance(explain, str) else tuple(explain)
+    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, explained,
                       fallback, dump_to)
     default = Variant(keep=keep, output=output)
     if cache and not dump_to:
@@ -113,6 +115,10 @@ def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     load_backend(options.backend)
     imported = import_model(model, args, dict(kwargs), dynamic=options.dynamic)
     check_weights(imported.weights)
+    unknown = [name for name in options.explain if name not in imported.inputs.names]
+    if unknown:
+        raise InputError(f"`{unknown[0]}` is no input that could be explained", where="explain",
+                         hint=f"the model takes {', '.join(imported.inputs.names)}")
     graph = imported.graph.with_attrs(explain=options.explain) if options.explain else imported.graph
     canonical = run(graph, CANONICALISE)
     source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
@@ -154,7 +160,8 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
              "paired": print_graph(paired), "lowered": print_graph(graph)}
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
-    program = Program(describe(source, paired, graph, options.backend), load_backend(options.backend).emit(graph), texts)
+    module = load_backend(options.backend).emit(graph)
+    program = Program(describe(source, paired, graph, options.backend), module, texts)
     if options.dump:
         (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)
     return program
@@ -176,8 +183,11 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manif
         weights=tuple(WeightSpec(w.name, w.type.dtype, tuple(int(str(d)) for d in w.type.shape))
                       for w in graph.weights.values()),
         prepared_from=tuple(name for name in graph.weights if name in prepared),
-        explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]), before=str(graph.attrs["before"]),
-        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs), sparse="targets" in graph.attrs,
+        explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]),
+        before=str(graph.attrs["before"]),
+        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs),
+        sparse="targets" in graph.attrs,
+        seed=str(graph.attrs["seed"]),
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
         rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), rule_text(op))
                     for op in paired.relevance.ops if op.rule is not None),
@@ -189,6 +199,18 @@ def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
     from dlbc_runtime.arrays import as_numpy
 
     return {n: as_numpy(w) for n, w in weights.items()} if backend == "numpy" else dict(weights)
+
+
+def check_model(model: object) -> None:
+    """InputError for what is no torch module; a warning for one in training mode, which is explained as in eval."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"the model is {type(model).__name__} {model!r:.60}, not a torch.nn.Module",
+                         hint="load it first; `dlbc explain --model NAME` on the command line loads models by name")
+    if any(module.training for module in model.modules()):
+        log.warning("%s is in training mode: it is explained as in eval mode, and left in training mode",
+                    type(model).__name__)
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
@@ -241,7 +263,7 @@ def _recompile(model: torch.nn.Module, options: Options, default: Variant, args:
 
 
 def chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
-    """What "auto" stands for: AttnLRP, the most faithful preset on transformers and epsilon elsewhere."""
+    """What "auto" stands for: AttnLRP, made for transformers, and epsilon where there is no attention."""
     return "attnlrp" if rules == "auto" else rules
 
 
@@ -263,6 +285,7 @@ def _sequence(graph: Graph, inputs: InputSpec) -> str:
 
 
 def rule_text(op: Op) -> str:
+    """A rule as users write it: `epsilon(1e-06)`."""
     assert op.rule is not None
     params = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for _, value in op.rule.params)
     return f"{op.rule.name}({params})" if params else op.rule.name

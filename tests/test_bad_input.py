@@ -157,3 +157,11 @@ def test_out_of_memory_says_what_to_lower(explainer: dlbc.Explainer, monkeypatch
     monkeypatch.setattr(loaded.module, "forward", starve)
     with pytest.raises(InputError, match="batch size"):
         explainer(X)
+
+
+def test_what_is_no_model_and_what_is_no_input() -> None:
+    with pytest.raises(InputError, match=r"not a torch\.nn\.Module"):
+        dlbc.compile("gpt2", X)
+    with pytest.raises(InputError, match="inputs"):
+        dlbc.compile(net(), X, explain=["inputs"], cache=False)
+    assert set(dlbc.compile(net(), X, explain="input", cache=False)(X).relevance) == {"input"}

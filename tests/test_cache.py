@@ -377,12 +377,14 @@ def test_entries_that_cannot_be_used(damage: Callable[[Path], object], fact: str
     damage(entry)
     compilations.clear()
     found = dlbc.compile(net(), X)
-    assert compilations == ["Net"] and len(caplog.records) == 1
-    assert caplog.records[0].levelno == logging.WARNING
+    said = [record for record in caplog.records if record.name == "dlbc.cache"]
+    assert compilations == ["Net"] and len(said) == 1
+    assert said[0].levelno == logging.WARNING
     assert re.search(fact, caplog.text)
     assert explained(found).shape == X.shape
     dlbc.compile(net(), X)
-    assert compilations == ["Net"] and len(caplog.records) == 1, "it was mended"
+    warned = [record for record in caplog.records if record.name == "dlbc.cache"]
+    assert compilations == ["Net"] and len(warned) == 1, "it was mended"
 
 
 def test_a_folder_that_others_can_write_is_not_used(compilations: list[str], cache_dir: Path,

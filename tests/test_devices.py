@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch.utils._pytree import tree_map
 
 import dlbc
-import zoo
 from dlbc_runtime.explanation import Explanation
 
 pytestmark = pytest.mark.gpu

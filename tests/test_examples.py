@@ -19,7 +19,7 @@ def example(name: str, *arguments: object) -> str:
     """What an example prints; it fails as the example does."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
     done = subprocess.run([sys.executable, str(ROOT / "examples" / name), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=1500, check=False, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"})
+                          text=True, timeout=1500, check=False, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr
     return done.stdout

@@ -16,7 +16,7 @@ import torch
 import zoo
 
 from dlbc.compiler import Options, Source, explainer_of
-from dlbc.errors import IRError, UnsupportedOpError
+from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.frontends.torch_export import import_model
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
@@ -33,7 +33,7 @@ CANCELLING = frozenset(PRESETS) - {"dlb", "dlb-0.1"}
 """Presets whose rules divide by sums that may cancel: the wider tolerance under Numerics."""
 
 SEED = 100.0
-NO_RULE = {"logsumexp": UnsupportedOpError, "argmax_lookup": IRError, "unet_small": UnsupportedOpError}
+NO_RULE = {"logsumexp": UnsupportedOpError, "argmax_lookup": InputError, "unet_small": UnsupportedOpError}
 """Cases that must be refused by name: no rule, no differentiable path, an op the frontend does not take yet."""
 TORCH_ONLY = frozenset({"bfloat16", "autocast_inside"})
 """numpy has no bfloat16, and says so."""
@@ -113,8 +113,14 @@ def seeds_of(explainer: Explainer, explanation: Explanation) -> np.ndarray:
             place += (0,)
         if output.ndim > 1:
             place += (explained.index or 0,)
-        seeds[place] = SEED
+        negative = rules_divide(explainer) and (explained.value or 0) < 0
+        seeds[place] = -SEED if negative else SEED
     return seeds
+
+
+def rules_divide(explainer: Explainer) -> bool:
+    """Rules that divide by the output: the relevance of a negative number is negative."""
+    return explainer.manifest.seed == "signed"
 
 
 def has_explainable_output(explainer: Explainer) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
 import pytest
 import torch
+import zoo
+from test_models import distance, oracle
 
 import dlbc
-import zoo
 from dlbc.compiler import Options, compile_now
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Variant
-from test_models import distance, oracle
 
 pytestmark = pytest.mark.real
 PRESETS = ["attnlrp", "cp-lrp", "dlb", "epsilon", "input-x-gradient"]
@@ -54,7 +55,7 @@ def test_smollm2_continues_and_is_explained() -> None:
     np.testing.assert_allclose(found.outputs["logits"][:, 0], logits, atol=2e-4)
     assert tokenizer.decode(found.target[0].index) == " Paris"
     relevance = found.with_tokens(tokenizer).top(3)
-    assert "France" in {one.name.strip() for one in relevance} | {one.name.strip() for one in relevance}
+    assert "France" in {one.name.strip() for one in relevance}
     assert found.conservation().closes(1e-4)
 
 
@@ -67,7 +68,7 @@ def test_smollm2_equals_the_oracle() -> None:
 
 
 def test_smollm2_at_other_lengths_and_with_padding() -> None:
-    model, tokenizer, _ = language_model()
+    _, tokenizer, _ = language_model()
     explainer = compiled_language_model()
     texts = ["Water is", "The opposite of hot is something that we call"]
     for side in ("left", "right"):
@@ -103,15 +104,43 @@ def test_minilm_classifies_and_is_explained(backend: str, rules: str) -> None:
 @pytest.mark.parametrize("rules", ["epsilon", "dlb", "input-x-gradient"])
 def test_efficientnet_sees_a_cat(rules: str) -> None:
     need("efficientnet_pictures")
-    model, picture = zoo.efficientnet_lite0(), zoo.image_input(zoo.picture("chelsea"))
-    explainer = dlbc.compile(model, picture, rules=rules)
-    found = explainer(picture)
+    model, cat = zoo.efficientnet_lite0(), zoo.image_input(zoo.picture("chelsea"))
+    explainer = dlbc.compile(model, cat, rules=rules)
+    found = explainer(cat)
     with torch.no_grad():
-        np.testing.assert_allclose(next(iter(found.outputs.values())), model(picture), atol=2e-4)
+        np.testing.assert_allclose(next(iter(found.outputs.values())), model(cat), atol=2e-4)
     assert found.target[0].index == 285  # Egyptian cat
-    (relevance,) = found.relevance.values()
-    assert relevance.shape == tuple(picture.shape)
-    expected = oracle(explainer, found, seeds_for(explainer, found))
-    scale = 1e-5 if rules == "dlb" else 1e-3
-    assert distance(relevance, next(iter(expected.values()))) <= scale
     assert found.conservation().closes(1e-4)
+    errors = []
+    for name in PICTURES:
+        picture = zoo.image_input(zoo.picture(name))
+        explanation = explainer(picture)
+        (relevance,) = explanation.relevance.values()
+        assert relevance.shape == tuple(picture.shape)
+        (expected,) = oracle(explainer, explanation, seeds_for(explainer, explanation)).values()
+        errors.append(distance(relevance, expected))
+    assert max(errors) <= (1e-5 if rules == "dlb" else 1.5 * max(torchs_own_errors())), errors
+
+
+PICTURES = ("chelsea", "coffee", "rocket", "motorcycle_left")
+
+
+@functools.lru_cache(maxsize=1)
+def torchs_own_errors() -> list[float]:
+    """Distance of torch's own float32 gradient from the float64 one, per picture.
+
+    A ReLU6 whose input lies within rounding of 0 or 6 flips between precisions, and with it everything below: on
+    this deep network a gradient in float32 is right to about 1e-2, whoever computes it. That is the yardstick for
+    rules that carry a multiplier.
+    """
+    model = zoo.efficientnet_lite0()
+    exact = copy.deepcopy(model).double()
+    return [distance(input_x_gradient(model, x), input_x_gradient(exact, x.double()))
+            for x in (zoo.image_input(zoo.picture(name)) for name in PICTURES)]
+
+
+def input_x_gradient(model: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
+    x = x.clone().requires_grad_(True)
+    model(x).max().backward()
+    assert x.grad is not None
+    return (x * x.grad).detach().numpy()

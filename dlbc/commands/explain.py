@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +29,13 @@ from dlbc.commands.shared import (
 from dlbc.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from dlbc.models import TextModel
     from dlbc_runtime.explanation import Explanation
     from dlbc_runtime.target import Target
+
+Against = Annotated[str | None, typer.Option("--against", help="Explain why the target rather than this one.")]
 
 app = typer.Typer(help="Explain one output of a model for one input.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -42,11 +47,11 @@ def text(
     model: Annotated[str, typer.Option(
         "--model", "-m", show_default=False,
         help="A folder, GGUF file, package or hub name: a causal language model or a text classifier.")],
-    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in the folder, where there are several.")] = None,
+    gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in the folder.")] = None,
     target: Annotated[str | None, typer.Option(
         "--target", "-t", help="A token or a class: its text or its number; `text:5` is the token 5. "
                                "Default: what the model predicts.")] = None,
-    against: Annotated[str | None, typer.Option("--against", help="Explain why the target rather than this one.")] = None,
+    against: Against = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
     tolerance: Tolerance = 1e-4,
@@ -65,7 +70,7 @@ def text(
     inputs = loaded.inputs(given)
     explainer = How(rules, backend, fallback, cache).compile(loaded.model, inputs)
     with working("explaining"):
-        explanation = explainer(**inputs, target=chosen).with_tokens(loaded.tokenizer)
+        explanation = explainer(target=chosen, **as_keywords(inputs)).with_tokens(loaded.tokenizer)
     if not loaded.causal and loaded.labels:
         explanation = explanation.with_labels(loaded.labels)
     _predictions(explanation, loaded)
@@ -81,7 +86,7 @@ def image(
              "(model, preprocess) or (model, preprocess, names of the classes).")],
     target: Annotated[str | None, typer.Option("--target", "-t", help="A class: its name or number. "
                                                                      "Default: what the model predicts.")] = None,
-    against: Annotated[str | None, typer.Option("--against", help="Explain why the target rather than this one.")] = None,
+    against: Against = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
     tolerance: Tolerance = 1e-4,
@@ -132,7 +137,7 @@ def table(
     names, numbers = _row(given, row, tuple(drop or ()))
     import torch
 
-    from dlbc.models import load_built
+    from dlbc.built import load_built
 
     with working(f"loading {model}"):
         built = load_built(model)
@@ -145,6 +150,11 @@ def table(
     with working("explaining"):
         explanation = explainer(values, target=_target(index_of(target, dict(built.labels)), None))
     output.deliver(explanation.with_features(names).with_labels(built.labels))
+
+
+def as_keywords(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A model's inputs, to be given by name."""
+    return dict(inputs)
 
 
 def _target(index: int | None, against: int | None) -> Target | int | None:
@@ -212,13 +222,13 @@ def _picture(path: Path) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as problem:
-        raise InputError("pictures are read with pillow, which is not installed", hint="pip install pillow") from problem
+        raise InputError("pictures are read with pillow, which is missing", hint="pip install pillow") from problem
     if not path.is_file():
         raise InputError(f"there is no file {path}", hint="check the name")
     try:
         return Image.open(path).convert("RGB")
     except UnidentifiedImageError as problem:
-        raise InputError("this is no picture that can be read", where=str(path), hint="give a .png or .jpg") from problem
+        raise InputError("no picture that can be read", where=str(path), hint="give a .png or .jpg") from problem
 
 
 def _pixels(pixels: Any) -> Any:

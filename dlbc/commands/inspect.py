@@ -41,7 +41,8 @@ def doctor(model: Spec, rules: Rules = "auto", backend: Backend = "auto", fallba
 
 def ir(
     model: Spec,
-    level: Annotated[str, typer.Option("--level", "-l", help="exported, canonical, paired, lowered or source.")] = "paired",
+    level: Annotated[str, typer.Option(
+        "--level", "-l", help="exported, canonical, paired, lowered or source.")] = "paired",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it here.")] = None,
     rules: Rules = "auto", backend: Backend = "auto", fallback: Fallback = None, cache: Cache = True,
 ) -> None:

@@ -80,7 +80,7 @@ class Output:
         if ledger.closes(self.tolerance):
             return
         for row in ledger.leaks(self.tolerance)[:8]:
-            typer.echo(f"  {row.place or 'model'}: {row.op} <{row.rule}> has {row.residual:.3g} unaccounted for", err=True)
+            typer.echo(f"  {row.place or 'model'}: {row.op} <{row.rule}> leaves {row.residual:.3g}", err=True)
         typer.echo(f"dlbc: error: conservation does not close to {self.tolerance:g}: {ledger.residual:.3g} of "
                    f"{ledger.seed:.3g} is unaccounted for", err=True)
         raise typer.Exit(1)
@@ -135,7 +135,7 @@ def index_of(target: str | None, labels: dict[int, str] | None = None) -> int | 
         return names[target.strip().lower()]
     from difflib import get_close_matches
 
-    near = get_close_matches(target.lower(), names, 3, 0.4)
+    near = get_close_matches(target.lower(), names, 3)
     shown = ", ".join((labels or {})[names[name]] for name in near) or ", ".join(list((labels or {}).values())[:8])
     raise InputError(f"there is no class {target!r}", where="--target",
                      hint=f"did you mean {shown}?" if near else f"classes: {shown}" if shown else

@@ -59,7 +59,7 @@ class Builder:
         op_name = name.rstrip("_")
 
         def append(*operands: Operand, result: str = "", **attrs: Attr) -> Value:
-            return self.op(op_name, *operands, result=result, **attrs)[0]
+            return self.op(op_name, *operands, result=result, **attrs)[0]  # type: ignore[arg-type]
 
         return append
 

@@ -5,8 +5,8 @@ are operands (`| None`: may be left out; `*xs`: any number; `Scalar`: a literal 
 keyword-only parameters are attributes with their defaults. The docstring says what the op computes.
 Sizes in attributes may be symbolic. Axes are counted from 0 at the front, or from -1 at the back.
 
-What else an op needs lives in one table each: numbers in `interpreter.py`, code in
-`backends/*/`, relevance in `passes/rules/`.
+What else an op needs lives in one table each: numbers in `reference.py`, code in `backends/*/table.py`,
+relevance in `passes/rules/`. `docs/adding.md` has the whole list.
 """
 
 from __future__ import annotations

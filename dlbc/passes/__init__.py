@@ -67,18 +67,25 @@ def parse(text: str) -> list[Pass]:
 
 
 def _configured(cls: type[Pass], text: str) -> Pass:
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f.default for f in fields(cls) if f.repr}
     options: dict[str, object] = {}
     for item in filter(None, re.split(r"[;,]\s*", text)):
         key, _, value = item.partition("=")
         if key.strip() not in known:
             raise IRError(f"pass `{cls.name}` has no option `{key}`", hint=f"it has {', '.join(known) or 'none'}")
-        kind = type(known[key.strip()].default)
-        options[key.strip()] = _BOOLEANS[value.strip().lower()] if kind is bool else kind(value.strip())
+        options[key.strip()] = _option(cls, key.strip(), value.strip(), known[key.strip()])
     return cls(**options)
 
 
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+def _option(cls: type[Pass], key: str, text: str, default: object) -> object:
+    """The value of an option from its text, of the type of its default."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return int(text) if isinstance(default, int) else float(text) if isinstance(default, float) else text
+    except (KeyError, ValueError) as problem:
+        raise IRError(f"`{text}` is no value for `{key}` of pass `{cls.name}`",
+                      hint=f"give a {type(default).__name__}, such as {default}") from problem
 
 
 def run(graph: Graph, passes: Iterable[Pass], *, observe: Callable[[Pass, Graph], None] | None = None) -> Graph:

@@ -28,8 +28,8 @@ class EliminateDead(Pass):
         graph = replace(graph, prepare=prepare, forward=forward, relevance=relevance)
         ops = [op for _, section in graph.sections() for op in section.ops]
         weights = {o.name for op in ops for o in op.inputs if isinstance(o, Weight)}
-        weights |= {o.name for f in graph.functions.values() for item in f.body
-                    for op in getattr(item, "body", (item,)) for o in op.inputs if isinstance(o, Weight)}
+        called = [op for f in graph.functions.values() for op in Section(body=f.body).ops]
+        weights |= {o.name for op in called for o in op.inputs if isinstance(o, Weight)}
         places = {op.place for op in ops}
         return replace(graph,
                        weights={n: w for n, w in graph.weights.items() if n in weights},

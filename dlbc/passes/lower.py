@@ -24,7 +24,7 @@ class Lower(Pass):
     """Expand the rules. `ledger`: also return, per op, the relevance that came in, went out and was absorbed.
 
     The ledger's values are sums over everything but S; `graph.attrs["ledger"]` names each
-    (place, op, forward value, cause or `in` / `out`, form) in the order they are returned.
+    (place, op, forward value, cause or `in` / `out`, rule) in the order they are returned.
     """
 
     name: ClassVar[str] = "lower"

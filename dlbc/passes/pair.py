@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from dlbc.composite import Composite, resolve
-from dlbc.errors import IRError
+from dlbc.errors import InputError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
 from dlbc.passes import Pass, register
@@ -86,11 +86,13 @@ class _Pairing:
         position = [r.name for r in forward.results].index(self.output.name)
         graph = graph.with_attrs(
             composite=self.composite.name, explained=tuple(p.name for p in inputs),
-            nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped)
+            nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped,
+            seed=_meaning(seed, body))
         saved = {v.name: v for op in body for v in values(op.reads)}
         defined = {p.name: p for p in forward.params} | {r.name: r for op in forward.ops for r in op.results}
         return replace(graph, forward=replace(
-            forward, results=(*forward.results, *(defined[name] for name in reversed(found))),
+            forward, results=(*forward.results, *(defined[name] for name in reversed(found)),
+                              *((seeded_value,) if skipped else ())),
             saves=tuple(v for n, v in saved.items() if n in defined)))
 
     def _explained_output(self, wanted: str) -> Value:
@@ -98,9 +100,9 @@ class _Pairing:
         if found is None:
             known = ", ".join(explainable_outputs(self.graph))
             if not known:
-                raise IRError("no output depends on an explained input in a differentiable way",
+                raise InputError("no output depends on an explained input in a differentiable way",
                               hint="outputs that are integers or constants cannot be explained")
-            raise IRError(f"`{wanted}` is no output that can be explained", hint=f"it can be {known}")
+            raise InputError(f"`{wanted}` is no output that can be explained", hint=f"it can be {known}")
         return found
 
     def _before_softmax(self, output: Value) -> tuple[Value, str]:
@@ -129,7 +131,7 @@ class _Pairing:
         chosen = {place: name for place, name in last.items()
                   if self.keep == "modules" or fnmatchcase(place, self.keep)}
         if not chosen:
-            raise IRError(f"keep={self.keep!r} matches no module", hint=f"modules: {', '.join(list(last)[:8])}, ...")
+            raise InputError(f"keep={self.keep!r} matches no module", hint=f"modules: {', '.join(list(last)[:8])}, ...")
         found: dict[str, str] = {}
         for place, name in chosen.items():
             found[name] = min((found.get(name, place), place), key=len)
@@ -219,3 +221,11 @@ def _reads(trial: Sequence[Op], wanted: Sequence[Value | None], incoming: Sequen
     found |= {str(v): v for v in wanted if v is not None and v.name not in own}
     return tuple(found.values())
 
+
+def _meaning(seed: Value, body: Sequence[Op]) -> str:
+    """What the run time must seed: `multiplier` (of the output), `signed` relevance where rules divide by the
+    output (the relevance of a negative number is negative), or plain `relevance`."""
+    if seed.name.startswith("M."):
+        return "multiplier"
+    divided = any(op.name == "rel.to_multiplier" and seed in op.operands for op in body)
+    return "signed" if divided else "relevance"

@@ -120,13 +120,14 @@ class _Sinking:
         place = self._position_axis(op.result)
         moving = [v for v in values(op.operands) if self._position_axis(v) is not None]
         if op.name == "attention":
-            return op.operands[0] != op.operands[1] and self._position_axis(op.operands[0]) == 2 \
-                and op.operands[1].type.shape[2] == self.length  # type: ignore[union-attr]
+            query, key = op.operands[:2]
+            return isinstance(query, Value) and isinstance(key, Value) and query != key \
+                and self._position_axis(query) == 2 and key.type.shape[2] == self.length
         if op.name == "rotary":
             return place is not None and all(self._table_axis(v) == place for v in values(op.operands))
         if OPS[op.name].elementwise:
-            return bool(moving) and all(v in moving and v.type.rank == op.result.type.rank
-                                        and self._position_axis(v) == place or self._constant_along(v, op.result)
+            return bool(moving) and all((v in moving and v.type.rank == op.result.type.rank
+                                         and self._position_axis(v) == place) or self._constant_along(v, op.result)
                                         for v in values(op.operands))
         if op.name in ("linear", "softmax", "layer_norm", "rms_norm"):
             depth = attr(op, "dims") if op.name.endswith("norm") else 1
@@ -163,7 +164,7 @@ class _Sinking:
             return self._attention(op, operands)
         if op.name == "rotary":
             operands = [self._select_table(o) for o in op.operands]
-        return self.at.op(op.name, *operands, result=op.result.name, **attrs)[0]
+        return self.at.op(op.name, *operands, result=op.result.name, **attrs)[0]  # type: ignore[arg-type]
 
     def _attention(self, op: Op, operands: list[Operand]) -> Value:
         """Attention with selected queries: what `causal` and `window` said becomes a mask by position."""
@@ -181,7 +182,7 @@ class _Sinking:
                 seen = near if seen is None else at.logical_and(seen, near)
             mask = self._joined(seen, mask)
         kept = {n: v for n, v in op.attrs.items() if n not in ("causal", "window")}
-        return at.op("attention", q, k, v, mask, result=op.result.name, **kept)[0]
+        return at.attention(q, k, v, mask, result=op.result.name, **kept)
 
     def _joined(self, seen: Value | None, mask: Operand) -> Operand:
         if not isinstance(mask, Value) or seen is None:

@@ -100,7 +100,8 @@ class TorchEngine:
 
 
 def _not_finite(name: str) -> InputError:
-    return InputError(f"input `{name}` holds NaN or infinity", hint="an explanation of it would mean nothing; clean it first")
+    return InputError(f"input `{name}` holds NaN or infinity",
+                      hint="an explanation of it would mean nothing; clean it first")
 
 
 def engine(backend: str, weights: Mapping[str, Any]) -> Engine:

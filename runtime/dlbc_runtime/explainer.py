@@ -130,10 +130,11 @@ class Explainer:
         `output`: the name of the output to explain, where there are several. `positions="all"`: a language
         model returns its logits at all positions, not only at the explained one.
 
-        InputError when inputs, target or options do not fit; nothing has been computed by then.
+        InputError when inputs, target or options do not fit; an output or `keep` that is not there is an error of
+        the compiler, IRError.
         """
-        if not math.isfinite(multiplier) or multiplier == 0:
-            raise InputError(f"multiplier is {multiplier}", hint="give a number that is finite and not 0")
+        if not isinstance(multiplier, int | float) or not math.isfinite(multiplier) or multiplier == 0:
+            raise InputError(f"multiplier is {multiplier!r}", hint="give a number that is finite and not 0")
         if positions not in ("explained", "all"):
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
         try:
@@ -145,6 +146,9 @@ class Explainer:
             return other(*args, target=target, keep=keep, multiplier=multiplier, output=output, positions=positions,
                          **kwargs)
         targets, many = as_targets(target)
+        if not self.manifest.sequence and any(one.position is not None for one in targets):
+            raise InputError(f"a target has a position, but `{self.manifest.output}` has no sequence of them",
+                             where="target", hint="leave `position` out")
         variant = replace(self._default, keep=keep or self._default.keep, output=output or self._default.output,
                           all_positions=positions == "all" or self._default.all_positions,
                           dense=self._default.dense or any(one.kind == "tensor" for one in targets))
@@ -228,7 +232,7 @@ class _Call:
             arguments, columns = self._with_positions(manifest)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
             outputs = dict(zip(manifest.outputs.names, results, strict=False))
-            seeds, explained = self._seeds(manifest, as_numpy(outputs[manifest.output]), columns)
+            seeds, explained = self._seeds(manifest, explained_value(manifest, results), columns)
             forwarded = time.perf_counter()
             relevance = loaded.module.relevance(explainer._weights, prepared, state, *map(engine.array, seeds))
             finished = time.perf_counter()
@@ -264,14 +268,13 @@ class _Call:
             prepared = explainer._prepared(loaded)
             arguments, columns = self._with_positions(manifest)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
-            output = as_numpy(dict(zip(manifest.outputs.names, results, strict=False))[manifest.output])
-            seeds, _ = self._seeds(manifest, output, columns)
+            seeds, _ = self._seeds(manifest, explained_value(manifest, results), columns)
             relevance = [as_numpy(r) for r in loaded.module.relevance(
                 explainer._weights, prepared, state, *map(engine.array, seeds))]
         totals = [float(value.astype(np.float64).sum()) for value in relevance]
         count = len(manifest.explained)
         ledger = ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
-        gross, net = (float(total) for total in (np.abs(seeds[0], dtype=np.float64).sum(), seeds[0].sum(dtype=np.float64)))
+        gross, net = float(np.abs(seeds[0], dtype=np.float64).sum()), float(seeds[0].sum(dtype=np.float64))
         # Only where relevance was seeded: the seed of input x gradient is a multiplier.
         return replace(ledger, gross=gross) if abs(ledger.seed - net) <= 1e-3 * gross else ledger
 
@@ -307,7 +310,7 @@ class _Call:
             columns if self.variant.all_positions else _columns(columns)[1])
         rows = np.arange(batch)
         found = [target.seed(output if columns is None else output[rows, places[number]], manifest.output,
-                             None if columns is None else columns[number], number)
+                             None if columns is None else columns[number], number, signed=manifest.seed == "signed")
                  for number, target in enumerate(self.targets)]
         explained = tuple(one for seed in found for one in seed.explained)
         return (_sparse if manifest.sparse else _dense)(
@@ -329,6 +332,11 @@ class _Call:
                 seeds[number] = own[0][0] / np.float32(self.multiplier)
                 explained += [replace(one, seed=number) for one in meaning]
         return (seeds * np.float32(self.multiplier),), tuple(explained)
+
+
+def explained_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
+    """The value that is explained: an output, or what went into its final softmax."""
+    return as_numpy(results[-1] if manifest.before else results[manifest.outputs.names.index(manifest.output)])
 
 
 def _dense(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32

@@ -127,16 +127,17 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Json]:
         """The table as JSON-able data; `from_dict` reads it back."""
-        return {"seed": number_to_json(self.seed), "gross": number_to_json(self.gross), "inputs": _amounts_to_json(self.inputs),
-                "rows": [row.to_dict() for row in self.rows]}
+        return {"seed": number_to_json(self.seed), "gross": number_to_json(self.gross),
+                "inputs": _amounts_to_json(self.inputs), "rows": [row.to_dict() for row in self.rows]}
 
     @classmethod
     def from_dict(cls, stored: Json) -> Ledger:
         """The table that `to_dict` wrote. Raises ValueError when it is not one."""
         match stored:
             case {"seed": seed, "inputs": inputs, "rows": list(rows)}:
+                gross = stored.get("gross", 0.0) if isinstance(stored, dict) else 0.0
                 return cls(tuple(map(_row_from_json, rows)), number_from_json(seed), _amounts_from_json(inputs),
-                           number_from_json(stored.get("gross", 0.0)))
+                           number_from_json(gross))
         raise ValueError("a ledger must have seed, inputs and rows")
 
     @classmethod

@@ -214,7 +214,7 @@ def _strided(x: Array) -> Array:
 
 def linear_rows(x: Array, rows: Array, bias: Array | None = None) -> Array:
     """`sum_d x[..., d] rows[..., k, d] + bias[..., k]`."""
-    y = np.matmul(rows, x[..., None])[..., 0]
+    y: Array = np.matmul(rows, x[..., None])[..., 0]
     return y if bias is None else y + bias
 
 

@@ -66,6 +66,7 @@ class Manifest:
     nodes: tuple[str, ...]
     sequence: str
     sparse: bool
+    seed: str
     ledger: tuple[tuple[str, ...], ...]
     rules: tuple[RuleRow, ...]
     static: Mapping[str, str] = field(default_factory=dict)
@@ -74,7 +75,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data."""
         return {
-            **{name: getattr(self, name) for name in ("model", "backend", "composite", "output", "before", "sequence")},
+            **{name: getattr(self, name) for name in (
+                "model", "backend", "composite", "output", "before", "sequence", "seed")},
             "inputs": self.inputs.to_json(), "outputs": self.outputs.to_json(),
             "sparse": self.sparse,
             "weights": [[w.name, w.dtype, list(w.shape)] for w in self.weights],
@@ -92,7 +94,8 @@ class Manifest:
             weights=tuple(WeightSpec(str(n), str(d), tuple(int(i) for i in s)) for n, d, s in data["weights"]),
             prepared_from=tuple(data["prepared_from"]), explained=tuple(data["explained"]),
             output=str(data["output"]), before=str(data["before"]), nodes=tuple(data["nodes"]),
-            sequence=str(data["sequence"]), sparse=bool(data["sparse"]), ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
+            sequence=str(data["sequence"]), sparse=bool(data["sparse"]), seed=str(data["seed"]),
+            ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
             rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
             static=dict(data["static"]), versions=dict(data["versions"]))
 

@@ -65,12 +65,17 @@ class Target:
                              where="target", hint=f"the sequence has {length} positions: 0 to {length - 1}")
         return wrapped
 
-    def seed(self, output: Array, name: str, positions: Array | None, number: int) -> Seed:
-        """What this target seeds of `output` [B, V] (of the explained position, where there are positions)."""
+    def seed(self, output: Array, name: str, positions: Array | None, number: int, *, signed: bool) -> Seed:
+        """What this target seeds of `output` [B, V] (of the explained position, where there are positions).
+
+        The explained number f is an output y_i, or a difference y_i - y_j. `signed`: for rules that divide by the
+        outputs, relevance of y_i is y_i / |f|, so that each part of the input is positive where it raises f, be f
+        positive or negative: relevance then sums to the sign of f. For other rules it is 1 (and -1 for y_j).
+        """
         rows = output.reshape(output.shape[0], -1) if output.ndim == 1 else output
         if rows.ndim != 2:
-            raise InputError(f"output `{name}` has shape {list(output.shape)}: which number of it to explain is not clear",
-                             where="target", hint="give Target.tensor(weights) of that shape")
+            raise InputError(f"output `{name}` has shape {list(output.shape)}: which number of it to explain "
+                             "is not clear", where="target", hint="give Target.tensor(weights) of that shape")
         batch, count = rows.shape
         every = np.arange(batch)
         chosen = rows.argmax(-1) if self.kind == "predicted" else _rows(_given(self.chosen), batch, "target", count)
@@ -81,10 +86,14 @@ class Target:
             int(against[row]) if against is not None else None,
             int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]),
             float(likely[row, chosen[row]]) if likely is not None else None) for row in every)
-        if against is None:
-            return Seed(chosen[:, None], np.ones((batch, 1), np.float32), explained)
-        weights = np.broadcast_to(np.array([1.0, -1.0], np.float32), (batch, 2))
-        return Seed(np.stack([chosen, against], 1), weights, explained)
+        indices = chosen[:, None] if against is None else np.stack([chosen, against], 1)
+        weights = np.broadcast_to(np.array([1.0, -1.0], np.float32)[:indices.shape[1]], indices.shape)
+        if signed:
+            parts = weights * rows[every[:, None], indices]
+            size = np.abs(parts.sum(1, keepdims=True))
+            weights = parts / np.maximum(size, 1e-6 * np.abs(parts).max(1, keepdims=True) + 1e-30)
+            weights = np.where(parts == 0, 0, weights) if against is not None else np.where(parts < 0, -1, 1)
+        return Seed(indices, weights.astype(np.float32), explained)
 
     def weighting(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
         """The weights of `Target.tensor` in the shape of `output`, and what they mean for each row."""
@@ -131,7 +140,8 @@ def _rows(given: Rows, batch: int, what: str, count: int | None = None) -> Array
     found = np.broadcast_to(found, (batch,))
     if count is not None and ((found < 0) | (found >= count)).any():
         wrong = int(found[(found < 0) | (found >= count)][0])
-        raise InputError(f"target {wrong} is out of range", where=what, hint=f"the output has {count} entries: 0 to {count - 1}")
+        raise InputError(f"target {wrong} is out of range", where=what,
+                         hint=f"the output has {count} entries: 0 to {count - 1}")
     return found
 
 

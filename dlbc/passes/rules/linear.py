@@ -16,8 +16,8 @@ from dlbc.passes.rules import Contributions, Expansion, only, rule
 
 CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
 TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
-LINEAR = ("linear", "linear_rows", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool", "mean", "sum",
-          "cumsum", "rotary", "batch_norm")
+LINEAR = ("linear", "linear_rows", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool",
+          "mean", "sum", "cumsum", "rotary", "batch_norm")
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ def _batch_norm_adjoint(linear: LinearMap, r: Value) -> Value:
 
 _FORWARD = {name: _apply for name in LINEAR} | {"rotary": _apply_rotary, "batch_norm": _apply_batch_norm}
 _ADJOINT = {
-    "linear": _linear_adjoint, "linear_rows": _linear_rows_adjoint, "matmul": _matmul_adjoint, "einsum": _einsum_adjoint,
+    "linear": _linear_adjoint, "linear_rows": _linear_rows_adjoint, "matmul": _matmul_adjoint,
+    "einsum": _einsum_adjoint,
     **dict.fromkeys(CONVS, _conv_adjoint), **dict.fromkeys(TRANSPOSED, _conv_transpose_adjoint),
     "avg_pool": _avg_pool_adjoint, "adaptive_avg_pool": _adaptive_adjoint, "mean": _mean_adjoint,
     "sum": _sum_adjoint, "cumsum": _cumsum_adjoint, "rotary": _rotary_adjoint, "batch_norm": _batch_norm_adjoint,

@@ -1,0 +1,72 @@
+"""Targets: what is seeded, and that a map reads the same way whatever the sign of what it explains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dlbc
+from dlbc.errors import InputError
+
+
+def layer(bias: float) -> nn.Linear:
+    made = nn.Linear(2, 2)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor([[1.0, -3.0], [0.0, -1.0]]))
+        made.bias.fill_(bias)
+    return made.eval()
+
+
+X = torch.ones(1, 2)
+
+
+@pytest.mark.parametrize("bias", [-5.0, 0.0, 5.0])
+def test_a_difference_explains_the_difference(bias: float) -> None:
+    """y1 - y0 = -x0 + 2 x1, whatever is added to both: x1 speaks for it, x0 against it, two to one."""
+    explainer = dlbc.compile(layer(bias), X, rules="epsilon", cache=False)
+    against, for_it = explainer(X, target=dlbc.Target.difference(1, 0)).relevance["input"][0]
+    assert against < 0 < for_it
+    np.testing.assert_allclose(for_it / against, -2.0, rtol=1e-4)
+    np.testing.assert_allclose(for_it + against, 100.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [-5.0, 5.0])
+def test_positive_relevance_raises_the_number_even_where_it_is_negative(bias: float) -> None:
+    """y0 = x0 - 3 x1 + bias: x0 raises it and x1 lowers it."""
+    explainer = dlbc.compile(layer(bias), X, rules="epsilon", cache=False)
+    found = explainer(X, target=0)
+    raises, lowers = found.relevance["input"][0]
+    assert lowers < 0 < raises
+    value = found.target[0].value
+    assert value is not None
+    np.testing.assert_allclose(found.conservation().seed, 100.0 * np.sign(value))
+
+
+def test_a_value_before_softmax_is_explained_with_its_own_sign() -> None:
+    model = nn.Sequential(layer(-5.0), nn.Softmax(-1)).eval()
+    plain, skipped = (dlbc.compile(m, X, rules="epsilon", cache=False)(X, target=0) for m in (layer(-5.0), model))
+    np.testing.assert_allclose(skipped.relevance["input"], plain.relevance["input"], rtol=1e-5)
+    np.testing.assert_allclose(skipped.outputs["output"], model(X).detach(), rtol=1e-5)
+
+
+def test_absolute_rules_know_no_sign() -> None:
+    found = dlbc.compile(layer(-5.0), X, rules="dlb", cache=False)(X, target=0)
+    assert (found.relevance["input"] >= 0).all()
+
+
+def test_a_list_stacks_and_one_number_per_row_is_one_target() -> None:
+    explainer = dlbc.compile(layer(1.0), X, rules="epsilon", cache=False)
+    batch = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    stacked = explainer(batch, target=[0, 1])
+    assert stacked.relevance["input"].shape == (2, 2, 2)
+    rows = explainer(batch, target=dlbc.Target.index([0, 1]))
+    np.testing.assert_allclose(rows.relevance["input"][0], stacked.relevance["input"][0, 0], rtol=1e-5)
+    np.testing.assert_allclose(rows.relevance["input"][1], stacked.relevance["input"][1, 1], rtol=1e-5)
+
+
+def test_positions_belong_to_sequences() -> None:
+    explainer = dlbc.compile(layer(1.0), X, rules="epsilon", cache=False)
+    with pytest.raises(InputError, match="position"):
+        explainer(X, target=dlbc.Target.index(0, position=1))
