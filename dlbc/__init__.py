@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dlbc.compiler import compile, load
+    from dlbc.api import compile, load
     from dlbc.composite import Composite
     from dlbc_runtime.explainer import Explainer
     from dlbc_runtime.explanation import Explanation
     from dlbc_runtime.target import Target
 
 __version__ = "0.1.0"
-_HOMES = {"compile": "dlbc.compiler", "load": "dlbc.compiler", "Composite": "dlbc.composite",
+_HOMES = {"compile": "dlbc.api", "load": "dlbc.api", "Composite": "dlbc.composite",
           "Explainer": "dlbc_runtime.explainer", "Explanation": "dlbc_runtime.explanation",
           "Target": "dlbc_runtime.target"}
 __all__ = ["Composite", "Explainer", "Explanation", "Target", "compile", "load"]

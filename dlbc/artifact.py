@@ -13,47 +13,18 @@ from typing import Any
 
 import torch
 
-from dlbc.compiler import Options, Source, bind_weights, check_weights, draw, explainer_of, finish_program
-from dlbc.composite import Composite
+from dlbc.compiler import Source, bind_weights, check_weights, draw, explainer_of, finish_program
 from dlbc.errors import ArtifactError, DlbcError
-from dlbc.ir.core import Attr, Graph, Kernel, Rule, Section
+from dlbc.ir.core import Graph, Kernel, Section
 from dlbc.ir.parser import parse_with_spans
 from dlbc.ir.verifier import verify
-from dlbc_runtime.arrays import Json
+from dlbc.options import Options, options_of
 from dlbc_runtime.artifact import Artifact, match_weights, read, weight_specs
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Program, Variant, WeightSpec
 from dlbc_runtime.signature import Size, dtype_name
 
 _AGAIN = "save the explainer again, or get the file again from where it came"
-
-
-def recipe_of(options: Options, weights: Iterable[str], model: torch.nn.Module | None) -> dict[str, Json]:
-    """What was asked for, as JSON data, and which weights have no name in the model's state dict."""
-    composite = options.composite
-    entries: list[Json] | None = [[what, rule.name, [[name, _number(value)] for name, value in rule.params]]
-                                  for what, rule in composite.entries if isinstance(what, str)]
-    if any(not isinstance(what, str) for what, _ in composite.entries):
-        entries = None  # a predicate is Python code, which files do not carry
-    dynamic: Json = options.dynamic if isinstance(options.dynamic, bool) else {
-        name: [int(axis) for axis in axes] for name, axes in options.dynamic.items()}
-    known = _state_names(model) if model is not None else set(weights)
-    return {"rules": {"name": composite.name, "seed": composite.seed, "fallback": composite.fallback,
-                      "entries": entries},
-            "dynamic": dynamic, "explain": list(options.explain),
-            "constants": [name for name in weights if name not in known]}
-
-
-def options_of(recipe: Mapping[str, Any], backend: str) -> Options:
-    """The options that `recipe_of` wrote down. KeyError, TypeError, ValueError or RuleError for something else."""
-    rules, dynamic = recipe["rules"], recipe["dynamic"]
-    entries = [(str(what), Rule(str(name), tuple((str(key), value) for key, value in params)))
-               for what, name, params in rules["entries"] or ()]
-    composite = Composite(entries, name=str(rules["name"]), fallback=rules["fallback"],
-                          seed="M" if rules["seed"] == "M" else "R")
-    return Options(composite, backend, dynamic if isinstance(dynamic, bool) else {
-        str(name): tuple(map(int, axes)) for name, axes in dynamic.items()}, tuple(map(str, recipe["explain"])),
-        None, None)
 
 
 def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
@@ -142,12 +113,6 @@ def _compiled(source: Source, options: Options, variant: Variant, program: Progr
     return finish_program(source, options, variant, paired)
 
 
-def _number(value: Attr) -> Json:
-    if not isinstance(value, bool | int | float | str | None):
-        raise TypeError(f"a rule's parameter is {value!r}")
-    return value
-
-
 def _refuse(where: str, variant: Variant) -> Program:
     raise ArtifactError(f"the file holds no program for {variant.name}, and its rules hold a predicate (Python code), "
                         "which files do not carry", where=where,
@@ -166,14 +131,6 @@ def _names(graph: Graph) -> Iterable[str]:
     for op in (op for body in bodies for op in Section(body=body).ops):
         yield op.place
         yield from (result.name for result in op.results)
-
-
-def _state_names(model: torch.nn.Module) -> set[str]:
-    """The names of the model's state dict, without running its hooks."""
-    hidden = {f"{path}.{name}" if path else name for path, module in model.named_modules(remove_duplicate=False)
-              for name in module._non_persistent_buffers_set}
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name for name, _ in named} - hidden
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor | None:

@@ -26,10 +26,11 @@ import torch
 import dlbc
 import dlbc_runtime
 from dlbc.artifact import source_of, weights_of
-from dlbc.compiler import Options, Source, build_program, compile_now, draw
+from dlbc.compiler import Source, build_program, compile_now, draw
 from dlbc.errors import ArtifactError, InputError
 from dlbc.fingerprint import Fingerprint, Uncapturable
 from dlbc.frontends.inputs import INJECTED, Signature, dynamic_axes, mapped, tensors
+from dlbc.options import Options
 from dlbc_runtime.arrays import as_numpy
 from dlbc_runtime.artifact import Artifact, pack, unpack, weight_specs
 from dlbc_runtime.explainer import Explainer, Recompile

@@ -6,8 +6,7 @@ import -> canonicalise (fold, raise) -> sink positions -> pair -> lower -> simpl
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from dlbc import __version__
 from dlbc.backends import load as load_backend
-from dlbc.composite import Composite, resolve
 from dlbc.errors import InputError
 from dlbc.ir.core import Graph, Op, Weight
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
+from dlbc.options import Options, recipe_of
 from dlbc.passes import Pass, run
 from dlbc.passes.defer import Defer
 from dlbc.passes.eliminate_common import EliminateCommon
@@ -29,7 +28,7 @@ from dlbc.passes.lower import Lower
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
 from dlbc.passes.simplify import Simplify
-from dlbc.passes.sink_positions import SinkPositions
+from dlbc.passes.sink_positions import SinkPositions, sequence_output
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc_runtime.arrays import Json
 from dlbc_runtime.explainer import Explainer, Recompile
@@ -45,23 +44,6 @@ LEVELS = ("exported", "canonical", "paired", "lowered")
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to compile: all that changes the program besides the model and its inputs."""
-
-    rules: str | Composite = "attnlrp"
-    backend: str = "torch"
-    dynamic: bool | Mapping[str, Collection[int]] = True
-    explain: tuple[str, ...] = ()
-    fallback: str | None = None
-    dump: str | None = None
-
-    @property
-    def composite(self) -> Composite:
-        """The composite that the rules name; RuleError for unknown names."""
-        return resolve(self.rules, self.fallback)
-
-
-@dataclass(frozen=True)
 class Source:
     """What the frontend found, at the canonical level: enough to build any variant without the model."""
 
@@ -70,40 +52,6 @@ class Source:
     inputs: InputSpec
     outputs: OutputSpec
     static: Mapping[str, str] = field(default_factory=dict)
-
-
-def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Composite = "auto", backend: str = "auto",
-            dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
-            output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
-            dump: str | os.PathLike[str] | None = None) -> Explainer:
-    """Compile a model into an explainer.
-
-    `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
-    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" is `attnlrp`.
-    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
-    `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
-    `explain`: names of the inputs to explain (default: all but masks). `keep`, `output`: defaults for calls.
-    `fallback`: "gradient" passes ops without a rule by their gradient; default: such ops are errors.
-    `cache`: keep and reuse compiled explainers on disk; `verify`: check a reused one against the model.
-    `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).
-
-    Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
-    (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
-    """
-    from dlbc.frontends.inputs import normalise
-
-    check_model(model)
-    args, kwargs = normalise(example_inputs)
-    dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
-    explained = (explain,) if isinstance(explain, str) else tuple(explain)
-    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, explained,
-                      fallback, dump_to)
-    default = Variant(keep=keep, output=output)
-    if cache and not dump_to:
-        from dlbc.cache import cached
-
-        return cached(model, args, kwargs, options, default, verify=verify)
-    return compile_now(model, args, kwargs, options, default)
 
 
 def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options,
@@ -132,8 +80,6 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
 
     `model` is what it compiles again for sizes that the capture fixed; None: it does not.
     """
-    from dlbc.artifact import recipe_of
-
     build = partial(build_program, source, options)
     found = dict(programs or {})
     if default not in found:
@@ -161,7 +107,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
     module = load_backend(options.backend).emit(graph)
-    program = Program(describe(source, paired, graph, options.backend), module, texts)
+    program = Program(describe(source, paired, graph, options.backend, variant.output), module, texts)
     if options.dump:
         (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)
     return program
@@ -173,8 +119,8 @@ def lowering(options: Options, *, ledger: bool) -> tuple[Pass, ...]:
             EliminateDead())
 
 
-def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manifest:
-    """The manifest of a program."""
+def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: str) -> Manifest:
+    """The manifest of a program that explains `output` ("": the model's main one)."""
     assert paired.relevance is not None
     prepared = {o.name for op in graph.prepare.ops for o in op.inputs if isinstance(o, Weight)}
     return Manifest(
@@ -185,7 +131,7 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str) -> Manif
         prepared_from=tuple(name for name in graph.weights if name in prepared),
         explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]),
         before=str(graph.attrs["before"]),
-        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs),
+        nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs, output),
         sparse="targets" in graph.attrs,
         seed=str(graph.attrs["seed"]),
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
@@ -199,18 +145,6 @@ def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
     from dlbc_runtime.arrays import as_numpy
 
     return {n: as_numpy(w) for n, w in weights.items()} if backend == "numpy" else dict(weights)
-
-
-def check_model(model: object) -> None:
-    """InputError for what is no torch module; a warning for one in training mode, which is explained as in eval."""
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"the model is {type(model).__name__} {model!r:.60}, not a torch.nn.Module",
-                         hint="load it first; `dlbc explain --model NAME` on the command line loads models by name")
-    if any(module.training for module in model.modules()):
-        log.warning("%s is in training mode: it is explained as in eval mode, and left in training mode",
-                    type(model).__name__)
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
@@ -246,25 +180,9 @@ def draw(text: str) -> networkx.MultiDiGraph:
     return drawn
 
 
-def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:
-    """Load a saved explainer. Its code is generated anew from its verified IR; nothing stored is executed.
-
-    `model` gives the weights, unless they were saved with it. ArtifactError for a file that is damaged or
-    foreign, or a model whose weights do not match by name, shape and element type.
-    """
-    from dlbc.artifact import load_artifact
-
-    return load_artifact(Path(path), model)
-
-
 def _recompile(model: torch.nn.Module, options: Options, default: Variant, args: tuple[Any, ...],
                kwargs: Mapping[str, Any]) -> Explainer:
     return compile_now(model, args, kwargs, options, default)
-
-
-def chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
-    """What "auto" stands for: AttnLRP, made for transformers, and epsilon where there is no attention."""
-    return "attnlrp" if rules == "auto" else rules
 
 
 def _dump(folder: Path, name: str, variant: Variant, texts: Mapping[str, str]) -> None:
@@ -273,11 +191,9 @@ def _dump(folder: Path, name: str, variant: Variant, texts: Mapping[str, str]) -
         (folder / f"{name}.{variant.name}.{level}.dlir").write_text(text)
 
 
-def _sequence(graph: Graph, inputs: InputSpec) -> str:
+def _sequence(graph: Graph, inputs: InputSpec, output: str) -> str:
     """The input whose second axis is the sequence of the (position by position) output; "" without."""
-    from dlbc.passes.sink_positions import sequence_output
-
-    found = sequence_output(graph, "")
+    found = sequence_output(graph, output)
     if found is None:
         return ""
     return next(spec.name for spec, param in zip(inputs.tensors, graph.forward.params, strict=False)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlbc.compiler import Options, Source, check_weights, chosen_rules, explainer_of, rule_text
+from dlbc.api import chosen_rules
+from dlbc.compiler import Source, check_weights, explainer_of, rule_text
 from dlbc.composite import Composite, replace_fallback
 from dlbc.errors import DlbcError, UnsupportedOpError
 from dlbc.ir.core import Graph, Op, Rule
+from dlbc.options import Options
 from dlbc.passes import run
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE

@@ -21,7 +21,7 @@ from torch import nn
 
 import dlbc
 from dlbc import cache
-from dlbc.compiler import Options
+from dlbc.options import Options
 from dlbc_runtime.errors import InputError
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Variant

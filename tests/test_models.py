@@ -15,11 +15,12 @@ import pytest
 import torch
 import zoo
 
-from dlbc.compiler import Options, Source, explainer_of
+from dlbc.compiler import Source, explainer_of
 from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.frontends.torch_export import import_model
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
+from dlbc.options import Options
 from dlbc.passes import run
 from dlbc.passes.lower import Lower
 from dlbc.passes.pipeline import CANONICALISE

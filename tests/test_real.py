@@ -12,7 +12,8 @@ import zoo
 from test_models import distance, oracle
 
 import dlbc
-from dlbc.compiler import Options, compile_now
+from dlbc.compiler import compile_now
+from dlbc.options import Options
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Variant
 

@@ -70,3 +70,34 @@ def test_positions_belong_to_sequences() -> None:
     explainer = dlbc.compile(layer(1.0), X, rules="epsilon", cache=False)
     with pytest.raises(InputError, match="position"):
         explainer(X, target=dlbc.Target.index(0, position=1))
+
+
+def test_sparse_targets_are_no_input_to_explain() -> None:
+    """A wide head makes the targets an input of the program; they are not one of the model's."""
+    wide = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 5000)).eval()
+    explainer = dlbc.compile(wide, X, rules="epsilon", cache=False)
+    assert explainer.manifest.sparse
+    assert list(explainer(X).relevance) == ["input"]
+
+
+class TwoHeads(nn.Module):
+    """Logits for every position of a sequence, and one number for the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.whole = nn.Embedding(11, 6), nn.Linear(6, 11), nn.Linear(6, 2)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(ids)
+        return {"logits": self.head(x), "whole": self.whole(x.mean(1))}
+
+
+def test_each_output_of_a_sequence_model_can_be_explained() -> None:
+    """An output with a number per position, and one without: the latter knows no positions."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    explainer = dlbc.compile(TwoHeads().eval(), ids, rules="epsilon", cache=False)
+    assert explainer(ids).target[0].position == 2
+    whole = explainer(ids, output="whole")
+    assert whole.target[0].position is None
+    assert (np.abs(whole.relevance["ids"]) > 0).all()
+    assert (explainer(ids).relevance["ids"][:, :2] == 0).all()

@@ -97,7 +97,7 @@ class How:
 
     def compile(self, model: Any, inputs: object) -> Explainer:
         """The explainer of a model."""
-        from dlbc.compiler import compile as compile_model
+        from dlbc.api import compile as compile_model
 
         with working("compiling"):
             return compile_model(model, inputs, rules=self.rules, backend=self.backend, fallback=self.fallback,

@@ -21,11 +21,12 @@ DATA_OPERANDS: dict[str, tuple[int, ...]] = {
 
 
 def explained_inputs(graph: Graph) -> tuple[Value, ...]:
-    """The inputs that are to be explained: `graph.attrs["explain"]`, else all but the masks and positions."""
+    """The inputs that are to be explained: `graph.attrs["explain"]`, else all but masks, positions and targets."""
     chosen = graph.attrs.get("explain")
     if isinstance(chosen, tuple):
         return tuple(p for p in graph.forward.params if p.name in chosen)
-    return tuple(p for p in graph.forward.params if "mask" not in p.name and "position" not in p.name)
+    return tuple(p for p in graph.forward.params if "mask" not in p.name and "position" not in p.name
+                 and p.name != graph.attrs.get("targets"))
 
 
 def data_operands(op: Op) -> tuple[Operand, ...]:

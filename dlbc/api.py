@@ -1,0 +1,84 @@
+"""What users call: `dlbc.compile` and `dlbc.load`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlbc.compiler import compile_now
+from dlbc.errors import InputError
+from dlbc.options import Options
+from dlbc_runtime.program import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlbc.composite import Composite
+    from dlbc_runtime.explainer import Explainer
+
+log = logging.getLogger(__name__)
+
+
+def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Composite = "auto", backend: str = "auto",
+            dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
+            output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
+            dump: str | os.PathLike[str] | None = None) -> Explainer:
+    """Compile a model into an explainer.
+
+    `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
+    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" is `attnlrp`.
+    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
+    `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
+    `explain`: names of the inputs to explain (default: all but masks). `keep`, `output`: defaults for calls.
+    `fallback`: "gradient" passes ops without a rule by their gradient; default: such ops are errors.
+    `cache`: keep and reuse compiled explainers on disk; `verify`: check a reused one against the model.
+    `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).
+
+    Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
+    (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
+    """
+    from dlbc.frontends.inputs import normalise
+
+    check_model(model)
+    args, kwargs = normalise(example_inputs)
+    dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
+    explained = (explain,) if isinstance(explain, str) else tuple(explain)
+    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, explained,
+                      fallback, dump_to)
+    default = Variant(keep=keep, output=output)
+    if cache and not dump_to:
+        from dlbc.cache import cached
+
+        return cached(model, args, kwargs, options, default, verify=verify)
+    return compile_now(model, args, kwargs, options, default)
+
+
+def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:
+    """Load a saved explainer. Its code is generated anew from its verified IR; nothing stored is executed.
+
+    `model` gives the weights, unless they were saved with it. ArtifactError for a file that is damaged or
+    foreign, or a model whose weights do not match by name, shape and element type.
+    """
+    from dlbc.artifact import load_artifact
+
+    return load_artifact(Path(path), model)
+
+
+def chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
+    """What "auto" stands for: AttnLRP, made for transformers, and epsilon where there is no attention."""
+    return "attnlrp" if rules == "auto" else rules
+
+
+def check_model(model: object) -> None:
+    """InputError for what is no torch module; a warning for one in training mode, which is explained as in eval."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"the model is {type(model).__name__} {model!r:.60}, not a torch.nn.Module",
+                         hint="load it first; `dlbc explain --model NAME` on the command line loads models by name")
+    if any(module.training for module in model.modules()):
+        log.warning("%s is in training mode: it is explained as in eval mode, and left in training mode",
+                    type(model).__name__)
