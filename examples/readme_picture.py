@@ -17,7 +17,7 @@ from PIL import Image
 
 from dlbc_runtime.views.html import report
 
-WIDTH, HEIGHT = 1720, 960
+WIDTH, HEIGHT = 1800, 900
 TO = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHOSEN = ((contrast_part, "attnlrp"), (image_part, "dlb"), (table_part, "epsilon"))

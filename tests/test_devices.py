@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import zoo
+from tests import zoo
 from torch.utils._pytree import tree_map
 
 import dlbc

@@ -317,9 +317,9 @@ def assert_closes(relevance: Sequence[Array], entries: Sequence[tuple[tuple[str,
     total, given = np.zeros(len(seeds)), np.zeros(len(seeds))
     for (_, kind, of, side, rule), value in entries:
         assert np.isfinite(value).all()
-        assert side in ("seed", "in", "out", "bias", "constant", "stabiliser", "rule")
-        if side == "seed":
-            given = value
+        assert side in ("seed", "gross", "in", "out", "bias", "constant", "stabiliser", "rule")
+        if kind == "seed":
+            given = value if side == "seed" else given
             continue
         if side == "rule":
             assert not RULES[kind, rule].conserves

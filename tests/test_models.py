@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo
+from tests import zoo
 
 from dlbc.compiler import Source, explainer_of
 from dlbc.errors import InputError, UnsupportedOpError

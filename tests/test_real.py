@@ -8,8 +8,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-import zoo
-from test_models import distance, oracle
+from tests import zoo
+from tests.test_models import distance, oracle
 
 import dlbc
 from dlbc.compiler import compile_now
