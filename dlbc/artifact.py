@@ -19,6 +19,7 @@ from dlbc.ir.core import Graph, Kernel, Section
 from dlbc.ir.parser import parse_with_spans
 from dlbc.ir.verifier import verify
 from dlbc.options import Options, options_of
+from dlbc.passes.outputs import input_names
 from dlbc_runtime.artifact import Artifact, match_weights, read, weight_specs
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Program, Variant, WeightSpec
@@ -62,8 +63,9 @@ def source_of(artifact: Artifact) -> Source:
     program = artifact.programs[artifact.default]
     exported, canonical = (parsed(program.ir[level], f"ir/{level}.dlir") for level in ("exported", "canonical"))
     manifest = program.manifest
+    named = input_names(canonical)
     inputs = [(spec.name, spec.dtype, spec.shape) for spec in manifest.inputs.tensors]
-    params = [(p.name, p.type.dtype, _sizes(p.type.shape)) for p in canonical.forward.params]
+    params = [(named[p.name], p.type.dtype, _sizes(p.type.shape)) for p in canonical.forward.params]
     if inputs != params or manifest.outputs.names != canonical.attrs["outputs"] or len(
             manifest.outputs.names) != len(canonical.forward.results):
         raise ArtifactError("the inputs or outputs of its manifest are not those of its IR", where=artifact.where,

@@ -67,7 +67,9 @@ def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     if unknown:
         raise InputError(f"`{unknown[0]}` is no input that could be explained", where="explain",
                          hint=f"the model takes {', '.join(imported.inputs.names)}")
-    graph = imported.graph.with_attrs(explain=options.explain) if options.explain else imported.graph
+    chosen = tuple(p.name for p, name in zip(imported.graph.forward.params, imported.inputs.names, strict=True)
+                   if name in options.explain)
+    graph = imported.graph.with_attrs(explain=chosen) if options.explain else imported.graph
     canonical = run(graph, CANONICALISE)
     source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
     return explainer_of(source, options, default, imported.weights, model=model, recompile=recompile)

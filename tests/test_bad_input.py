@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dlbc
@@ -165,3 +167,35 @@ def test_what_is_no_model_and_what_is_no_input() -> None:
     with pytest.raises(InputError, match="inputs"):
         dlbc.compile(net(), X, explain=["inputs"], cache=False)
     assert set(dlbc.compile(net(), X, explain="input", cache=False)(X).relevance) == {"input"}
+
+
+# --- operands that no rule gives relevance to --------------------------------------------------------
+
+@pytest.mark.parametrize("operation", [
+    lambda x, z: F.linear(x, z.reshape(3, 4)), lambda x, z: F.linear(x, torch.ones(3, 4), z[:3]),
+    lambda x, z: F.conv1d(x[:, None], z.reshape(3, 1, 4))[..., 0], lambda x, z: F.layer_norm(x, (4,), z[:4]),
+    lambda x, z: F.embedding(torch.tensor([0, 2]), z.reshape(3, 4)) + x,
+    lambda x, z: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None],
+                                                attn_mask=z[:4].reshape(2, 2))[0, 0],
+], ids=["weight", "bias", "convolution", "norm", "embedding", "attention_mask"])
+@pytest.mark.parametrize("rules", ["attnlrp", "dlb", "input-x-gradient"])
+def test_a_weight_computed_from_an_explained_input_is_refused(operation: Callable[..., torch.Tensor],
+                                                              rules: str) -> None:
+    """Not silently without the relevance that the input gets by that way."""
+    class Computed(nn.Module):
+        def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return operation(x, torch.tanh(z))
+
+    inputs = (torch.ones(2, 4), torch.ones(12))
+    with pytest.raises(UnsupportedOpError, match="computed from an explained input"):
+        dlbc.compile(Computed(), inputs, rules=rules, dynamic=False, cache=False)
+    dlbc.compile(Computed(), inputs, rules=rules, dynamic=False, explain=["x"], cache=False)
+
+
+def test_a_floating_input_called_position_is_explained() -> None:
+    class Placed(nn.Module):
+        def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            return x * position
+
+    x = torch.ones(2, 4)
+    assert set(dlbc.compile(Placed(), (x, x), rules="epsilon", cache=False)(x, x).relevance) == {"x", "position"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests import zoo
 from torch.utils._pytree import tree_map
 
 import dlbc
 from dlbc_runtime.explanation import Explanation
+from tests import zoo
 
 pytestmark = pytest.mark.gpu
 

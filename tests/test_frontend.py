@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+import dlbc
 from dlbc.errors import ExportError, InputError, UnsupportedOpError
 from dlbc.frontends.torch_export import Imported, import_model, normalise
 from dlbc.ir.interpreter import interpret
@@ -475,3 +477,40 @@ def test_every_result_is_a_value_of_its_own() -> None:
     imported = import_model(Formula(twice), (torch.ones(1, 6),), {})
     assert len({value.name for value in (*imported.graph.forward.results, *imported.graph.forward.params)}) == 5
     verify(imported.graph)
+
+
+# --- sizes that the model's own code asks about ------------------------------------------------------
+
+class TwoWays(nn.Module):
+    """Computes one of two things, by the size of the batch."""
+
+    def __init__(self, other: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.other, self.one, self.two = other, nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.two(X) if self.other(X.shape[0]) else self.one(X)
+
+
+@pytest.mark.parametrize("other", [lambda n: n == 1, lambda n: n == 4, lambda n: n % 2 == 0, lambda n: n > 4,
+                                   lambda n: n * n < 10], ids=["one", "four", "even", "many", "square"])
+@pytest.mark.parametrize("example", [1, 2, 3, 5])
+def test_what_the_model_asks_of_its_sizes_is_kept(other: Callable[[int], bool], example: int) -> None:
+    """Never the other way silently: a size that the capture does not hold for is compiled anew."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, numbers = TwoWays(other).eval(), torch.randn(6, 4)
+    explainer = dlbc.compile(model, numbers[:example], rules="epsilon", cache=False)
+    for size in range(1, 7):
+        np.testing.assert_allclose(explainer(numbers[:size]).outputs["output"],
+                                   model(numbers[:size]).detach().numpy(), rtol=1e-5, atol=1e-6)
+    spec = explainer.manifest.inputs
+    assert InputSpec.from_json(spec.to_json()) == spec
+
+
+def test_an_input_named_like_a_size_keeps_its_name(tmp_path: Path) -> None:
+    model, x = TwoWays(lambda n: False).eval(), torch.ones(2, 4)
+    explainer = dlbc.compile(model, {"X": x}, rules="epsilon", explain=["X"], cache=False)
+    explainer.save(tmp_path / "x.dlbc")
+    for one in (explainer, dlbc.load(tmp_path / "x.dlbc", model)):
+        assert list(one(X=x).relevance) == ["X"] == list(one(x).inputs)

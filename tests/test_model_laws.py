@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import zoo
-from tests.test_models import NO_RULE, PRESETS, TORCH_ONLY, compiled, distance
 
 import dlbc.compiler
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.target import Target
+from tests import zoo
+from tests.test_models import NO_RULE, PRESETS, TORCH_ONLY, compiled, distance
 
 CLASSIFIERS = ["bert", "bert_eager", "roberta", "distilbert", "electra", "albert", "xlnet"]
 DECODERS = ["gpt2", "llama", "llama_eager", "qwen2", "qwen3", "mistral", "mistral_eager", "gemma2", "gemma3"]

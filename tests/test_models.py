@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import zoo
 
 from dlbc.compiler import Source, explainer_of
 from dlbc.errors import InputError, UnsupportedOpError
@@ -28,6 +27,7 @@ from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.program import Variant
 from dlbc_runtime.target import Target
+from tests import zoo
 
 PRESETS = ("attnlrp", "cp-lrp", "epsilon", "dlb", "dlb-0.1", "input-x-gradient")
 CANCELLING = frozenset(PRESETS) - {"dlb", "dlb-0.1"}

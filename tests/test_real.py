@@ -8,14 +8,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from tests import zoo
-from tests.test_models import distance, oracle
 
 import dlbc
 from dlbc.compiler import compile_now
 from dlbc.options import Options
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Variant
+from tests import zoo
+from tests.test_models import distance, oracle
 
 pytestmark = pytest.mark.real
 PRESETS = ["attnlrp", "cp-lrp", "dlb", "epsilon", "input-x-gradient"]

@@ -355,35 +355,3 @@ def test_attention_weights_are_found_behind_moves() -> None:
     expected = dense.explain(graph, composite, inputs, {}, seed)
     assert not found[0].any()
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-9)
-
-
-# --- operands that no rule gives relevance to --------------------------------------------------------
-
-@pytest.mark.parametrize("operation", [
-    lambda x, z: F.linear(x, z.reshape(3, 4)), lambda x, z: F.linear(x, torch.ones(3, 4), z[:3]),
-    lambda x, z: F.conv1d(x[:, None], z.reshape(3, 1, 4))[..., 0], lambda x, z: F.layer_norm(x, (4,), z[:4]),
-    lambda x, z: F.embedding(torch.tensor([0, 2]), z.reshape(3, 4)) + x,
-    lambda x, z: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None],
-                                                attn_mask=z[:4].reshape(2, 2))[0, 0],
-], ids=["weight", "bias", "convolution", "norm", "embedding", "attention_mask"])
-@pytest.mark.parametrize("rules", ["attnlrp", "dlb", "input-x-gradient"])
-def test_a_weight_computed_from_an_explained_input_is_refused(operation: Callable[..., torch.Tensor],
-                                                              rules: str) -> None:
-    """Not silently without the relevance that the input gets by that way."""
-    class Computed(torch.nn.Module):
-        def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-            return operation(x, torch.tanh(z))
-
-    inputs = (torch.ones(2, 4), torch.ones(12))
-    with pytest.raises(UnsupportedOpError, match="computed from an explained input"):
-        dlbc.compile(Computed(), inputs, rules=rules, dynamic=False, cache=False)
-    dlbc.compile(Computed(), inputs, rules=rules, dynamic=False, explain=["x"], cache=False)
-
-
-def test_a_floating_input_called_position_is_explained() -> None:
-    class Placed(torch.nn.Module):
-        def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-            return x * position
-
-    x = torch.ones(2, 4)
-    assert set(dlbc.compile(Placed(), (x, x), rules="epsilon", cache=False)(x, x).relevance) == {"x", "position"}

@@ -101,3 +101,28 @@ def test_each_output_of_a_sequence_model_can_be_explained() -> None:
     assert whole.target[0].position is None
     assert (np.abs(whole.relevance["ids"]) > 0).all()
     assert (explainer(ids).relevance["ids"][:, :2] == 0).all()
+
+
+class EveryPosition(nn.Module):
+    """Logits for every position of a sequence, which see all positions before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(torch.tanh(self.words(input_ids).cumsum(1)))}
+
+
+@pytest.mark.parametrize("positions", ["explained", "all"])
+def test_a_weighting_beside_targets_at_positions_changes_neither(positions: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, ids = EveryPosition().eval(), torch.randint(0, 20, (2, 7))
+    explainer = dlbc.compile(model, (ids,), rules="epsilon", cache=False)
+    single = [dlbc.Target.index(1, position=2), dlbc.Target.index(3, position=5)]
+    weighting = dlbc.Target.tensor(np.eye(20)[4])
+    together = explainer(ids, target=[*single, weighting], positions=positions).relevance["input_ids"]
+    for number, target in enumerate([*single, weighting]):
+        alone = explainer(ids, target=target, positions=positions).relevance["input_ids"]
+        np.testing.assert_allclose(together[number], alone, rtol=1e-4, atol=1e-4)

@@ -185,7 +185,8 @@ def input_spec(signature: Signature, bound: Mapping[str, Any], injected: Collect
             signature.defaults[name] == value
         trees[name] = input_tree(value, name, specs, name in injected or is_default)
     defaults = tuple(name for name in signature.defaults if name not in bound)
-    return InputSpec(signature.positional, trees, signature.variadic, defaults, dict(sizes.ranges))
+    return InputSpec(signature.positional, trees, signature.variadic, defaults, dict(sizes.ranges),
+                     tuple(sizes.conditions))
 
 
 def value_name(path: str, taken: Collection[str]) -> str:

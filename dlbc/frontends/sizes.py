@@ -25,10 +25,12 @@ DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torc
 
 @dataclass
 class Sizes:
-    """Names of the exporter's symbols: `names[symbol text]` is our size; `ranges` its smallest and largest value."""
+    """Names of the exporter's symbols: `names[symbol text]` is our size; `ranges` its smallest and largest value;
+    `conditions` what else the program takes for granted of them, as text."""
 
     names: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
 
     def add(self, expression: Any, name: str, bounds: tuple[int, int]) -> None:
         """Call a symbol `name`; a name's range is the common part of its symbols' ranges."""
@@ -59,6 +61,12 @@ class Sizes:
             return -(-above // below) if kind in ("CeilToInt", "ceiling") else above // below
         parts = [self.dim(arg) for arg in size.args]
         return _combined(kind, parts, size)
+
+    def condition(self, guard: Any) -> str:
+        """A comparison of sizes as text. ExportError for what is none."""
+        if not getattr(guard, "is_Relational", False):
+            raise ExportError(f"the model decides by its sizes: `{guard}`", hint="compile with dynamic=False")
+        return f"{self.dim(guard.lhs)} {guard.rel_op} {self.dim(guard.rhs)}"
 
     def type(self, tensor: torch.Tensor) -> Type:
         """The type of a (fake) tensor."""

@@ -7,6 +7,7 @@ batch and sequence sizes free. Its training flags are put back; nothing else of 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
-from dlbc.errors import ExportError
+from dlbc.errors import DlbcError, ExportError
 from dlbc.frontends.failures import brief, explained
 from dlbc.frontends.inputs import (
     INJECTED,
@@ -42,7 +43,7 @@ from dlbc.frontends.sizes import Sizes
 from dlbc.frontends.translate import Translation, unknown, weight_operand
 from dlbc.ir.core import Graph, Operand, Section, Type, Value, Weight
 from dlbc.ir.dims import evaluate, symbols
-from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, OutputSpec, TensorSpec, Tree
+from dlbc_runtime.signature import UNBOUNDED, Constant, Container, InputSpec, OutputSpec, TensorSpec, Tree, holds
 
 __all__ = ["Imported", "evaluating", "import_model", "normalise"]
 
@@ -107,6 +108,7 @@ class _Capture:
                 sizes, fixed = self.sizes(program, axes)
                 static |= fixed
                 gone = {key: reason for key, reason in fixed.items() if not self.kept(program, *key)}
+                gone |= {} if gone else self.conditions(program, sizes, axes)
                 gone |= {} if gone else self.singles(program, sizes, axes)
                 if not gone:
                     for (name, axis), reason in static.items():
@@ -164,10 +166,35 @@ class _Capture:
         size = self.fakes(program)[name].shape[axis]
         return _expression(size) is None and int(size) == self.named[name].shape[axis]
 
+    def conditions(self, program: ExportedProgram, sizes: Sizes, axes: Axes) -> dict[tuple[str, int], str]:
+        """What the program takes for granted of its sizes besides their ranges (the model asked `B % 2 == 0`) becomes
+        `sizes.conditions`. The axes of those that the user's example does not meet, or that have no text."""
+        fakes, found = self.fakes(program), dict[tuple[str, int], str]()
+        environment: Any = next((x.fake_mode.shape_env for x in fakes.values() if hasattr(x, "fake_mode")), None)
+        symbols_of = {(name, axis): _expression(fakes[name].shape[axis]) for name, own in axes.items() for axis in own}
+        for guard in environment.guards if environment is not None else ():
+            asked = environment.simplify(guard.expr)
+            inside = {str(symbol) for symbol in asked.free_symbols}
+            always = environment._maybe_evaluate_static(asked, axioms=())
+            if (always is not None and bool(always)) or not inside or not inside <= sizes.names.keys():
+                continue
+            own = {key: self.named[key[0]].shape[key[1]] for key, expression in symbols_of.items()
+                   if expression is not None and str(expression) in inside}
+            try:
+                condition = sizes.condition(asked)
+                met = holds(condition, {sizes.names[str(symbols_of[key])]: size for key, size in own.items()})
+            except DlbcError:
+                condition, met = str(asked), False
+            if not met:
+                found |= dict.fromkeys(own, f"the capture holds for sizes with {condition} only")
+            elif condition not in sizes.conditions:
+                sizes.conditions.append(condition)
+        return found
+
     def singles(self, program: ExportedProgram, sizes: Sizes, axes: Axes) -> dict[tuple[str, int], str]:
         """The axes of size 1 in the user's example that the model does not treat like other sizes. The exporter
         knows sizes from 2 on only, so the model itself is asked: a size whose 1 changes the shapes of the outputs,
-        or fails, starts at 2."""
+        gives other numbers than the program, or fails, starts at 2."""
         found: dict[tuple[str, int], str] = {}
         count = len(program.graph_signature.user_outputs)
         expected = [output.meta["val"] for output in pytree.tree_leaves(program.graph.output_node().args[0])[-count:]
@@ -182,16 +209,16 @@ class _Capture:
             own = [key for key, ours in named.items() if ours == size]
             sample = {ours: 1 if ours == size else self.examples[name].shape[axis]
                       for (name, axis), ours in named.items()}
-            if low > 1 or self.agrees(own, [_shape(type_, sample) for type_ in types]):
+            if low > 1 or self.agrees(program, own, [_shape(type_, sample) for type_ in types]):
                 continue
             sizes.ranges[size] = (2, high)
             found |= {key: "the model treats a size of 1 unlike others" for key in own
                       if self.named[key[0]].shape[key[1]] == 1}
         return found
 
-    def agrees(self, own: list[tuple[str, int]], shapes: list[tuple[int, ...]]) -> bool:
-        """Whether the model's outputs have these shapes where it is given 1 for its `own` axes. Asked on the CPU
-        only: elsewhere a failure could not be undone."""
+    def agrees(self, program: ExportedProgram, own: list[tuple[str, int]], shapes: list[tuple[int, ...]]) -> bool:
+        """Whether the model's outputs have these shapes, and are the program's, where it is given 1 for its `own`
+        axes. Asked on the CPU only: elsewhere a failure could not be undone."""
         if any(x.device.type != "cpu" for x in (*self.examples.values(), *self.model.parameters())):
             return True
         narrow = dict(self.examples)
@@ -200,11 +227,14 @@ class _Capture:
         values = {name: mapped(value, name, lambda path, _: narrow[path]) for name, value in self.bound.items()}
         args, kwargs = self.call(values)
         try:
-            outputs = [x for x in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(x, Tensor)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runs = (self.model(*args, **kwargs), program.module(check_guards=False)(*args, **kwargs))
         except Exception as problem:
             log.debug("the model fails for size 1: %s", brief(problem))
             return False
-        return [tuple(x.shape) for x in outputs] == shapes
+        outputs, captured = ([x for x in pytree.tree_leaves(run) if isinstance(x, Tensor)] for run in runs)
+        return [tuple(x.shape) for x in outputs] == shapes and all(map(_close, outputs, captured))
 
     def fakes(self, program: ExportedProgram) -> dict[str, Tensor]:
         """The exporter's fake tensors of the inputs by our names."""
@@ -266,6 +296,17 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def _close(own: Tensor, captured: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding: the captured operators are the model's own."""
+    if own.shape != captured.shape or own.dtype != captured.dtype:
+        return False
+    if not own.is_floating_point():
+        return torch.equal(own, captured)
+    scale = float(own[own.isfinite()].abs().max()) if own.isfinite().any() else 0.0
+    allowed = (1e-3 if own.dtype in (torch.float32, torch.float64) else 1e-1) * scale
+    return torch.allclose(own.double(), captured.double(), rtol=0.0, atol=allowed, equal_nan=True)
+
+
 def _missing(axes: Axes, fewer: Axes) -> list[tuple[str, int]]:
     return [(name, axis) for name, own in axes.items() for axis in own if axis not in fewer.get(name, ())]
 
@@ -319,7 +360,7 @@ def _imported(capture: _Capture, program: ExportedProgram, sizes: Sizes, static:
     used = {o.name for op in ops for o in op.operands if isinstance(o, Weight)}
     weights = {operand.name: operand for operand in operands.values() if operand.name in used}
     places = {op.place for op in ops}
-    specs = {path: TensorSpec(params[name].name, params[name].type.dtype, text_shape(params[name].type.shape))
+    specs = {path: TensorSpec(path, params[name].type.dtype, text_shape(params[name].type.shape))
              for path, name in placeholders.items()}
     output_spec = OutputSpec(tree)
     graph = Graph(

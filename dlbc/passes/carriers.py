@@ -20,13 +20,21 @@ DATA_OPERANDS: dict[str, tuple[int, ...]] = {
 """The operands through which relevance may pass, where it is not all of them."""
 
 
+CONSTANT_OPERANDS: dict[str, tuple[int, ...]] = {
+    "attention": (3,), "attention_weights": (2,), "embedding": (1,), "rotary": (1, 2), "batch_norm": (1, 2, 3, 4),
+    **dict.fromkeys(("linear", "linear_rows", "layer_norm", "rms_norm", "group_norm", "prelu"), (1, 2)),
+    **{f"{name}{n}d": (1, 2) for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
+}
+"""The operands that no rule gives relevance to: where one is computed from an explained input, pairing refuses."""
+
+
 def explained_inputs(graph: Graph) -> tuple[Value, ...]:
     """The inputs that are to be explained: `graph.attrs["explain"]`, else all but masks, positions and targets."""
     chosen = graph.attrs.get("explain")
     if isinstance(chosen, tuple):
         return tuple(p for p in graph.forward.params if p.name in chosen)
-    return tuple(p for p in graph.forward.params if "mask" not in p.name and "position" not in p.name
-                 and p.name != graph.attrs.get("targets"))
+    return tuple(p for p in graph.forward.params if "mask" not in p.name
+                 and (p.type.floating or "position" not in p.name) and p.name != graph.attrs.get("targets"))
 
 
 def data_operands(op: Op) -> tuple[Operand, ...]:
@@ -35,12 +43,18 @@ def data_operands(op: Op) -> tuple[Operand, ...]:
     return tuple(o if chosen is None or i in chosen else None for i, o in enumerate(op.operands))
 
 
+def constant_operands(op: Op) -> tuple[Value, ...]:
+    """The floating weights, biases and masks of a forward op that are values: no rule gives them relevance."""
+    chosen = CONSTANT_OPERANDS.get(op.name, ())
+    return tuple(o for i, o in enumerate(op.operands) if i in chosen and isinstance(o, Value) and o.type.floating)
+
+
 def carriers(graph: Graph) -> set[str]:
     """Names of the forward values that carry relevance."""
     found = {p.name for p in explained_inputs(graph) if p.type.dtype != "bool"}
     floating = {p.name for p in graph.forward.params if p.type.floating}
     for op in graph.forward.ops:
-        sources = [v for v in values(data_operands(op)) if v.name in found]
+        sources = [v for v in (*values(data_operands(op)), *constant_operands(op)) if v.name in found]
         if not sources:
             continue
         if op.name == "embedding":

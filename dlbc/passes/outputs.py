@@ -1,9 +1,17 @@
-"""Which output is explained."""
+"""Names of inputs and outputs as the user knows them, and which output is explained."""
 
 from __future__ import annotations
 
 from dlbc.ir.core import Attr, Graph, Value
 from dlbc.passes.carriers import carriers
+
+
+def input_names(graph: Graph) -> dict[str, str]:
+    """The user's name of each parameter of the forward section."""
+    params, stated = graph.forward.params, graph.attrs.get("inputs")
+    named = isinstance(stated, tuple) and len(stated) == len(params)
+    return dict(zip((p.name for p in params), map(str, stated) if named and isinstance(stated, tuple) else (
+        p.name for p in params), strict=True))
 
 
 def output_names(graph: Graph) -> tuple[str, ...]:

@@ -14,17 +14,20 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from dlbc.composite import Composite, resolve
-from dlbc.errors import InputError
+from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
 from dlbc.passes import Pass, register
-from dlbc.passes.carriers import data_operands, explained_inputs
+from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
 from dlbc.passes.expand import expand_rule, facts
-from dlbc.passes.outputs import explainable_outputs, explained_output, output_names
+from dlbc.passes.outputs import explainable_outputs, explained_output, input_names, output_names
 from dlbc.passes.rewrite import live, names
 from dlbc.passes.rules import RULES, Form, seeded
 
 STABILISER = 1e-6
+_WRITTEN_OUT = {
+    "attention": "write the attention out: (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v",
+    "linear": "write it as x @ weight.T + bias", "embedding": "write it as weight[ids]"}
 FINAL = ("softmax", "log_softmax", "sigmoid")
 
 
@@ -83,9 +86,10 @@ class _Pairing:
         body = live(self.at.ops, results)
         graph = replace(self.graph, relevance=Section((seed,), tuple(body), results),
                         dims={**self.graph.dims, "S": (1, 1024)})
+        named = input_names(graph)
         position = [r.name for r in forward.results].index(self.output.name)
         graph = graph.with_attrs(
-            composite=self.composite.name, explained=tuple(p.name for p in inputs),
+            composite=self.composite.name, explained=tuple(named[p.name] for p in inputs),
             nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped,
             seed=_meaning(seed, body))
         saved = {v.name: v for op in body for v in values(op.reads)}
@@ -138,6 +142,7 @@ class _Pairing:
         return found
 
     def _pair(self, op: Op) -> None:
+        self._check_constants(op)
         rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op))
         definition = RULES[op.name, rule.name]
         form = definition.form
@@ -159,6 +164,16 @@ class _Pairing:
             self.contributions.setdefault(operand.name, []).append((form, results[-1]))
         self.at.ops.append(Op(f"rel.{op.name}", incoming, tuple(results), {}, op.place, rule,
                               _reads(trial.ops, [contributed[i] for i, _ in targets], incoming), op.result.name))
+
+    def _check_constants(self, op: Op) -> None:
+        """UnsupportedOpError where relevance should reach a weight, bias or mask, which no rule gives any."""
+        for operand in constant_operands(op):
+            if operand.name in self.carriers:
+                raise UnsupportedOpError(
+                    f"operand {op.operands.index(operand) + 1} of `{op.name}`, `%{operand.name}`, is computed from an "
+                    "explained input, and no rule gives it relevance", where=f"#{op.place or 'model'}",
+                    hint=_WRITTEN_OUT.get(op.name, "compute it from weights alone, or write this part of the model "
+                                                   "with sums and products"))
 
     def _constant_factor(self, op: Op) -> bool:
         return sum(v.name in self.carriers for v in values(op.operands)) == 1

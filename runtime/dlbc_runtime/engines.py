@@ -50,8 +50,8 @@ class NumpyEngine:
             yield
 
     def version(self, weight: Any) -> object:
-        """Weights of a numpy explainer are its own, and never change."""
-        return id(weight)
+        """The array, and torch's counter of in-place changes where the array lies in a tensor's memory."""
+        return id(weight), getattr(weight.base, "_version", None)
 
 
 class TorchEngine:

@@ -20,7 +20,7 @@ from dlbc_runtime.explained import Explained, Method
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, LedgerRow
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant
-from dlbc_runtime.signature import SizeError
+from dlbc_runtime.signature import RangeError, SizeError
 from dlbc_runtime.target import Seed, Target, as_targets
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class Explainer:
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
         try:
             given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
-        except SizeError:
-            other = self._for_these_sizes(args, kwargs)
+        except SizeError as problem:
+            other = self._for_these_sizes(args, kwargs, problem)
             if other is None:
                 raise
             return other(*args, target=target, keep=keep, multiplier=multiplier, output=output, positions=positions,
@@ -188,14 +188,15 @@ class Explainer:
                 loaded.prepared = (state, loaded.module.prepare(self._weights))
             return loaded.prepared[1]
 
-    def _for_these_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explainer | None:
+    def _for_these_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], problem: SizeError
+                         ) -> Explainer | None:
         """Another explainer of the same model for sizes that this one was not captured for."""
-        if self._recompile is None or not self.manifest.static:
+        if self._recompile is None or not (self.manifest.static or isinstance(problem, RangeError)):
             return None
         tensors = [v for v in (*args, *kwargs.values()) if hasattr(v, "shape")]
         key = tuple(tuple(int(size) for size in v.shape) for v in tensors)
         if key not in self._resized:
-            log.info("compiling again for sizes %s: %s", key, "; ".join(self.manifest.static.values()))
+            log.info("compiling again for sizes %s: %s", key, "; ".join(self.manifest.static.values()) or problem.fact)
             self._resized[key] = self._recompile(args, kwargs)
         return self._resized[key]
 
@@ -303,12 +304,17 @@ class _Call:
     def _seeds(self, manifest: Manifest, output: Array, columns: Array | None
                ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
         """The relevance section's arguments, seeds times the multiplier and (sparse) targets; and their meaning."""
-        if any(target.kind == "tensor" for target in self.targets):
-            return self._weightings(manifest, output, columns)
         batch = output.shape[0] if output.ndim else 1
         places = np.zeros((len(self.targets), batch), np.int64) if columns is None else (
             columns if self.variant.all_positions else _columns(columns)[1])
-        rows = np.arange(batch)
+        if any(target.kind == "tensor" for target in self.targets):
+            return self._weightings(manifest, output, columns, places)
+        return self._numbers(manifest, output, columns, places)
+
+    def _numbers(self, manifest: Manifest, output: Array, columns: Array | None, places: Array
+                 ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+        """Seeds of single numbers of the output, those of each target at its place in each row."""
+        rows = np.arange(places.shape[1])
         found = [target.seed(output if columns is None else output[rows, places[number]], manifest.output,
                              None if columns is None else columns[number], number, signed=manifest.seed == "signed")
                  for number, target in enumerate(self.targets)]
@@ -316,21 +322,29 @@ class _Call:
         return (_sparse if manifest.sparse else _dense)(
             output, found, places, columns is not None, np.float32(self.multiplier)), explained
 
-    def _weightings(self, manifest: Manifest, output: Array, columns: Array | None
+    def _weightings(self, manifest: Manifest, output: Array, columns: Array | None, places: Array
                     ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
-        """Dense seeds, where a target weights the whole output."""
+        """Dense seeds, where a target weights the whole output: of a sequence, the position that it explains, or
+        all of them where all are computed."""
+        rows = np.arange(places.shape[1])
         seeds = np.zeros((len(self.targets), *output.shape), np.float32)
         explained: list[Explained] = []
         for number, target in enumerate(self.targets):
-            if target.kind == "tensor":
+            one = slice(number, number + 1)
+            if target.kind == "tensor" and (columns is None or self.variant.all_positions):
                 seeds[number], meaning = target.weighting(output, manifest.output, number)
+                explained += meaning
+            elif target.kind == "tensor":
+                own_place = output[rows, places[number]][:, None]
+                weights, meaning = target.weighting(own_place, manifest.output, number)
+                seeds[number, rows, places[number]] = weights[:, 0]
                 explained += meaning
             else:
                 single = replace(self, targets=(target,))
-                own, meaning = single._seeds(replace(manifest, sparse=False), output,
-                                             None if columns is None else columns[number:number + 1])
+                own, meaning = single._numbers(replace(manifest, sparse=False), output,
+                                               None if columns is None else columns[one], places[one])
                 seeds[number] = own[0][0] / np.float32(self.multiplier)
-                explained += [replace(one, seed=number) for one in meaning]
+                explained += [replace(each, seed=number) for each in meaning]
         return (seeds * np.float32(self.multiplier),), tuple(explained)
 
 

@@ -32,6 +32,10 @@ class SizeError(InputError):
     """The shape of an input is one that the captured model was not made for."""
 
 
+class RangeError(SizeError):
+    """Sizes of axes that may change are ones that the model treats otherwise: another capture may take them."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor: its unique name, element type (`f32`, `i64`, ...) and shape (numbers, or size names)."""
@@ -74,7 +78,8 @@ class InputSpec:
 
     `positional` are the names that may be given by position, in order; `variadic` the name of `*args`
     (or ""); `trees` what each captured parameter holds; `defaults` the parameters with a default that
-    the capture left alone; `sizes` the range of every named size.
+    the capture left alone; `sizes` the range of every named size; `conditions` what else the capture took for
+    granted of them, such as `B % 2 != 0`.
     """
 
     positional: tuple[str, ...]
@@ -82,6 +87,7 @@ class InputSpec:
     variadic: str = ""
     defaults: tuple[str, ...] = ()
     sizes: Mapping[str, tuple[int, int]] | None = None
+    conditions: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -156,8 +162,14 @@ class InputSpec:
         for name, (low, high) in (self.sizes or {}).items():
             size, where = sizes.get(name, (low, ""))
             if not low <= size <= high:
-                raise SizeError(f"the size {name} of `{where}` is {size}; the model takes {low} to "
-                                f"{'any' if high == UNBOUNDED else high}", hint="give inputs of a size in that range")
+                raise RangeError(f"the size {name} of `{where}` is {size}; the model takes {low} to "
+                                 f"{'any' if high == UNBOUNDED else high}", hint="give inputs of a size in that range")
+        known = {name: size for name, (size, _) in sizes.items()}
+        for condition in self.conditions:
+            if not holds(condition, known):
+                raise RangeError(f"the model was captured for sizes with {condition}, these are "
+                                 + ", ".join(f"{name} = {size}" for name, size in known.items()),
+                                 hint="compile again with inputs of these sizes")
 
     def __str__(self) -> str:
         return "(" + ", ".join(f"{name}: {_shown(tree)}" for name, tree in self.trees.items()) + ")"
@@ -166,14 +178,16 @@ class InputSpec:
         """The same as plain JSON data."""
         return {"positional": list(self.positional), "variadic": self.variadic, "defaults": list(self.defaults),
                 "trees": {name: _tree_to_json(tree) for name, tree in self.trees.items()},
-                "sizes": {name: [low, high] for name, (low, high) in (self.sizes or {}).items()}}
+                "sizes": {name: [low, high] for name, (low, high) in (self.sizes or {}).items()},
+                "conditions": list(self.conditions)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> InputSpec:
         """Read what `to_json` wrote."""
         return InputSpec(tuple(data["positional"]), {k: _tree_from_json(v) for k, v in data["trees"].items()},
                          data["variadic"], tuple(data["defaults"]),
-                         {name: (low, high) for name, (low, high) in data["sizes"].items()})
+                         {name: (low, high) for name, (low, high) in data["sizes"].items()},
+                         tuple(map(str, data["conditions"])))
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,17 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int:
     return _evaluate(ast.parse(text, mode="eval").body, sizes)
 
 
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Whether sizes fulfil a comparison of two size expressions."""
+    node = ast.parse(condition, mode="eval").body
+    if not isinstance(node, ast.Compare) or len(node.ops) != 1 or type(node.ops[0]) not in _COMPARISONS:
+        raise InputError(f"`{condition}` is not a comparison of sizes")
+    return _COMPARISONS[type(node.ops[0])](_evaluate(node.left, sizes), _evaluate(node.comparators[0], sizes))
+
+
+_COMPARISONS: dict[type, Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge}
 _ARITHMETIC: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod}
