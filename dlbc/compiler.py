@@ -134,6 +134,7 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: 
         explained=_texts(graph.attrs["explained"]), output=str(graph.attrs["output"]),
         before=str(graph.attrs["before"]),
         nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs, output),
+        positions="positions" in graph.attrs,
         sparse="targets" in graph.attrs,
         seed=str(graph.attrs["seed"]),
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),

@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "linear_map": LINEAR, "convolution": (*CONVS, *TRANSPOSED), "sum_of_terms": (*SUMS, *ADDED), "product": ("mul",),
     "quotient": ("div",), "gate": ("glu",), "activation": (*UNARY, *STEPS), "norm": NORMS,
     "selection": SELECTIONS, "move": MOVES, "probabilities": ("softmax", "log_softmax"),
+    "reduction": ("var", "logsumexp", "prod"),
     "pooling": ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool"),
 }
 """Names for several op kinds at once."""
@@ -157,6 +158,6 @@ PRESETS: dict[str, Sequence[tuple[What, str]]] = {
         *_SHARED, ("linear_map", "gradient"), ("sum_of_terms", "gradient"), ("activation", "gradient"),
         ("quotient", "gradient"), ("product", "gradient"), ("gate", "gradient"), ("norm", "gradient"),
         ("probabilities", "taylor"), ("attention", "gradient"), ("matmul", "product_gradient"),
-        ("einsum", "product_gradient")),
+        ("einsum", "product_gradient"), ("reduction", "gradient")),
 }
 """The named composites, as entries in order; `docs/rules.md` says when to use which."""

@@ -508,8 +508,8 @@ def dlb_0_1(s: Site, r: Array) -> list[Any]:
 # --- which formula is which --------------------------------------------------------------------------
 
 _KINDS: dict[str, str] = {
-    "linear": "linear linear_rows conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul einsum avg_pool "
-    "adaptive_avg_pool mean sum cumsum rotary batch_norm",
+    "linear": "linear linear_rows conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul "
+    "einsum avg_pool adaptive_avg_pool mean sum cumsum rotary batch_norm",
     "sum": "add sub scatter_add",
     "mul": "mul",
     "div": "div",

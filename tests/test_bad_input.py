@@ -199,3 +199,21 @@ def test_a_floating_input_called_position_is_explained() -> None:
 
     x = torch.ones(2, 4)
     assert set(dlbc.compile(Placed(), (x, x), rules="epsilon", cache=False)(x, x).relevance) == {"x", "position"}
+
+
+def test_weights_that_became_something_else_are_named() -> None:
+    model = net()
+    explainer = dlbc.compile(model, X, rules="epsilon", cache=False)
+    explanation = explainer(X)
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
+    with pytest.raises(InputError, match="weights have changed"):
+        explanation.conservation()
+    assert explainer(X).conservation().closes()
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"3\.weight.*NaN or infinity"):
+        explainer(X)
+    model.double()
+    with pytest.raises(InputError, match=r"f64.*f32"):
+        explainer(X)

@@ -211,7 +211,7 @@ def explained_by_largest(explainer: Explainer, built: Compiled) -> tuple[Explana
     return explainer(*args, target=Target.tensor(weights), **kwargs), weights * SEED
 
 
-@pytest.mark.parametrize("name", [n for n in EXPLAINED if n not in DETACHED | TORCH_ONLY])
+@pytest.mark.parametrize("name", ["logsumexp", *(n for n in EXPLAINED if n not in DETACHED | TORCH_ONLY)])
 def test_input_x_gradient_equals_autograd(name: str) -> None:
     built = compiled(name)
     explainer = built.explainer("input-x-gradient", all_positions=True)

@@ -126,3 +126,33 @@ def test_a_weighting_beside_targets_at_positions_changes_neither(positions: str)
     for number, target in enumerate([*single, weighting]):
         alone = explainer(ids, target=target, positions=positions).relevance["input_ids"]
         np.testing.assert_allclose(together[number], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_sequence_of_fixed_length_is_explained_too(dynamic: bool) -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    model = TwoHeads().eval()
+    found = dlbc.compile(model, ids, rules="epsilon", dynamic=dynamic, cache=False)(ids)
+    assert [one.position for one in found.target] == [2, 2]
+    assert (found.relevance["ids"][:, :2] == 0).all() and (found.relevance["ids"][:, 2] != 0).all()
+
+
+def test_a_softmax_over_the_batch_is_part_of_the_model() -> None:
+    model = nn.Sequential(layer(1.0), nn.Softmax(0)).eval()
+    explainer = dlbc.compile(model, torch.rand(3, 2), rules="attnlrp", cache=False)
+    assert explainer.manifest.before == ""
+
+
+def test_a_floating_mask_has_the_sequence_of_the_ids() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+        def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids) * attention_mask[..., None])
+
+    ids, mask = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    explainer = dlbc.compile(Masked().eval(), (ids, mask), rules="epsilon", cache=False)
+    assert [one.position for one in explainer(ids, mask).target] == [2, 1]
+    assert explainer(ids[:, :2], mask[:, :2]).relevance["ids"].shape == (2, 2)

@@ -119,11 +119,12 @@ def dynamic_axes(named: Mapping[str, Tensor], dynamic: Dynamic) -> Axes:
     masks and embeddings. InputError for names and axes that do not exist."""
     if isinstance(dynamic, Mapping):
         return _asked(named, dynamic)
-    return {name: _default_axes(x) for name, x in named.items() if _default_axes(x)} if dynamic else {}
+    found = {name: _default_axes(name, x) for name, x in named.items()}
+    return {name: axes for name, axes in found.items() if axes} if dynamic else {}
 
 
-def _default_axes(x: Tensor) -> tuple[int, ...]:
-    sequence = x.ndim == (3 if x.is_floating_point() else 2)
+def _default_axes(name: str, x: Tensor) -> tuple[int, ...]:
+    sequence = x.ndim == (3 if x.is_floating_point() and "mask" not in name else 2)
     return tuple(d for d in ((0, 1) if sequence else (0,)) if d < x.ndim and x.shape[d] > 0)
 
 
@@ -157,9 +158,9 @@ def _all_single(named: Mapping[str, Tensor], axes: Axes, axis: int) -> bool:
     return all(named[name].shape[axis] == 1 for name, own in axes.items() if axis in own)
 
 
-def role(x: Tensor, axis: int) -> str:
+def role(name: str, x: Tensor, axis: int) -> str:
     """What an axis is by default: the batch (`B`), the sequence (`T`), or nothing known ("")."""
-    return "B" if axis == 0 else "T" if axis == 1 and 1 in _default_axes(x) else ""
+    return "B" if axis == 0 else "T" if axis == 1 and 1 in _default_axes(name, x) else ""
 
 
 def input_tree(value: object, path: str, specs: Mapping[str, TensorSpec], optional: bool) -> Tree:

@@ -141,7 +141,7 @@ class _Capture:
         """Names of the program's symbols; and the dynamic axes that are not plain symbols, with the reason."""
         sizes, fixed = Sizes(), dict[tuple[str, int], str]()
         fakes = self.fakes(program)
-        wanted = [(role(self.named[name], axis), name, axis) for name, own in axes.items() for axis in own]
+        wanted = [(role(name, self.named[name], axis), name, axis) for name, own in axes.items() for axis in own]
         wanted.sort(key=lambda entry: ("B", "T", "").index(entry[0]))
         free, examples = 0, dict[str, int]()
         for kind, name, axis in wanted:

@@ -116,7 +116,9 @@ class _Pairing:
         if scores is not None:
             return next(r for op in self.graph.forward.ops for r in op.results if r.name == scores), ""
         op = self.graph.forward.definitions().get(output.name)
-        if op is not None and op.name in FINAL and isinstance(op.operands[0], Value):
+        over = op.attrs.get("dim", -1) if op is not None else -1
+        classes = over in (-1, output.type.rank - 1)  # a softmax over another axis is part of the model
+        if op is not None and op.name in FINAL and classes and isinstance(op.operands[0], Value):
             return op.operands[0], op.name
         return output, ""
 

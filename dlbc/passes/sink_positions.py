@@ -36,7 +36,9 @@ class SinkPositions(Pass):
     def run(self, graph: Graph) -> Graph:
         """The graph with the selection at the highest places it can stand."""
         found = sequence_output(graph, self.output)
-        return graph if found is None else _Sinking(graph, *found).run()
+        if found is None or isinstance(found[2], int):
+            return graph  # of a sequence of fixed length, all positions are computed
+        return _Sinking(graph, *found).run()
 
 
 def sequence_output(graph: Graph, wanted: str) -> tuple[Value, Dim, Dim] | None:
@@ -48,7 +50,7 @@ def sequence_output(graph: Graph, wanted: str) -> tuple[Value, Dim, Dim] | None:
         return None
     batch, length, _ = chosen.type.shape
     for param in graph.forward.params:
-        if not param.type.floating and param.type.shape == (batch, length) and not isinstance(length, int):
+        if not param.type.floating and param.type.shape == (batch, length):
             return chosen, batch, length
     return None
 

@@ -27,6 +27,9 @@ class Engine(Protocol):
     def version(self, weight: Any) -> object:
         """Something that changes when the numbers of a weight change."""
 
+    def finite(self, weight: Any) -> bool:
+        """Whether a weight holds neither NaN nor infinity."""
+
 
 class NumpyEngine:
     """Arrays are numpy's."""
@@ -52,6 +55,10 @@ class NumpyEngine:
     def version(self, weight: Any) -> object:
         """The array, and torch's counter of in-place changes where the array lies in a tensor's memory."""
         return id(weight), getattr(weight.base, "_version", None)
+
+    def finite(self, weight: Any) -> bool:
+        """Whether a weight holds neither NaN nor infinity."""
+        return weight.dtype.kind != "f" or bool(np.isfinite(weight).all())
 
 
 class TorchEngine:
@@ -97,6 +104,10 @@ class TorchEngine:
     def version(self, weight: Any) -> object:
         """Storage address and torch's own counter of in-place changes."""
         return (weight.data_ptr(), None if weight.is_inference() else weight._version)
+
+    def finite(self, weight: Any) -> bool:
+        """Whether a weight holds neither NaN nor infinity."""
+        return not weight.is_floating_point() or bool(self.torch.isfinite(weight).all())
 
 
 def _not_finite(name: str) -> InputError:

@@ -18,10 +18,11 @@ from dlbc_runtime.engines import Engine, engine
 from dlbc_runtime.errors import ArtifactError, InputError
 from dlbc_runtime.explained import Explained, Method
 from dlbc_runtime.explanation import Explanation
-from dlbc_runtime.ledger import Ledger, LedgerRow
+from dlbc_runtime.ledger import Ledger, ledger_of
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant
-from dlbc_runtime.signature import RangeError, SizeError
-from dlbc_runtime.target import Seed, Target, as_targets
+from dlbc_runtime.seeds import dense_seeds, distinct_columns, sparse_seeds
+from dlbc_runtime.signature import RangeError, SizeError, dtype_name
+from dlbc_runtime.target import Target, as_targets
 
 if TYPE_CHECKING:
     import networkx
@@ -63,6 +64,7 @@ class Explainer:
         self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._state: object = None
 
     # What it is
 
@@ -180,6 +182,23 @@ class Explainer:
                 self._loaded[variant] = _Loaded(program, program.module())
             return self._loaded[variant]
 
+    def _weights_state(self) -> object:
+        """Something that changes when a weight's numbers do. Looked at before each run: InputError for a weight whose
+        element type or shape is not what was compiled for, or that now holds NaN or infinity."""
+        state = tuple(self._engine.version(weight) for weight in self._weights.values())
+        if state != self._state:
+            for spec in self.manifest.weights:
+                weight = self._weights[spec.name]
+                if (dtype_name(weight), tuple(weight.shape)) != (spec.dtype, spec.shape):
+                    raise InputError(f"weight `{spec.name}` is {dtype_name(weight)}{list(weight.shape)} now, it was "
+                                     f"{spec.dtype}{list(spec.shape)} when the model was compiled",
+                                     hint="compile the model again")
+                if self._state is not None and not self._engine.finite(weight):
+                    raise InputError(f"weight `{spec.name}` holds NaN or infinity",
+                                     hint="an explanation of this model would mean nothing; reload or retrain it")
+            self._state = state
+        return state
+
     def _prepared(self, loaded: _Loaded) -> Any:
         """Values computed from weights alone, made anew when one of those weights has changed."""
         state = tuple(self._engine.version(self._weights[n]) for n in loaded.program.manifest.prepared_from)
@@ -222,11 +241,13 @@ class _Call:
     targets: tuple[Target, ...]
     many: bool
     multiplier: float
+    state: object = None
 
     def run(self) -> Explanation:
         explainer, engine = self.explainer, self.explainer._engine
         loaded = explainer._load(self.variant)
         manifest = loaded.program.manifest
+        self.state = explainer._weights_state()
         with engine.running():
             prepared = explainer._prepared(loaded)
             started = time.perf_counter()
@@ -261,8 +282,11 @@ class _Call:
                 arguments[-1] if len(arguments) > len(self.inputs) else None)
 
     def ledger(self) -> Ledger:
-        """Run the same call again with the ledger kept."""
+        """Run the same call again with the ledger kept. InputError where the weights have changed since."""
         explainer, engine = self.explainer, self.explainer._engine
+        if explainer._weights_state() != self.state:
+            raise InputError("the model's weights have changed since this explanation was made", where="conservation()",
+                             hint="explain the input again, and ask that explanation")
         loaded = explainer._load(replace(self.variant, keep="inputs", ledger=True))
         manifest = loaded.program.manifest
         with engine.running():
@@ -274,10 +298,7 @@ class _Call:
                 explainer._weights, prepared, state, *map(engine.array, seeds))]
         totals = [float(value.astype(np.float64).sum()) for value in relevance]
         count = len(manifest.explained)
-        ledger = ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
-        gross, net = float(np.abs(seeds[0], dtype=np.float64).sum()), float(seeds[0].sum(dtype=np.float64))
-        # Only where relevance was seeded: the seed of input x gradient is a multiplier.
-        return replace(ledger, gross=gross) if abs(ledger.seed - net) <= 1e-3 * gross else ledger
+        return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
 
     def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
@@ -286,9 +307,9 @@ class _Call:
             return arguments, None
         length, last = self._last(manifest.sequence)
         columns = np.stack([target.positions(last, length) for target in self.targets])
-        if self.variant.all_positions:
+        if not manifest.positions:
             return arguments, columns
-        unique, _ = _columns(columns)
+        unique, _ = distinct_columns(columns)
         return [*arguments, self.explainer._engine.array(unique)], columns
 
     def _last(self, sequence: str) -> tuple[int, Array]:
@@ -306,7 +327,7 @@ class _Call:
         """The relevance section's arguments, seeds times the multiplier and (sparse) targets; and their meaning."""
         batch = output.shape[0] if output.ndim else 1
         places = np.zeros((len(self.targets), batch), np.int64) if columns is None else (
-            columns if self.variant.all_positions else _columns(columns)[1])
+            distinct_columns(columns)[1] if manifest.positions else columns)
         if any(target.kind == "tensor" for target in self.targets):
             return self._weightings(manifest, output, columns, places)
         return self._numbers(manifest, output, columns, places)
@@ -319,7 +340,7 @@ class _Call:
                              None if columns is None else columns[number], number, signed=manifest.seed == "signed")
                  for number, target in enumerate(self.targets)]
         explained = tuple(one for seed in found for one in seed.explained)
-        return (_sparse if manifest.sparse else _dense)(
+        return (sparse_seeds if manifest.sparse else dense_seeds)(
             output, found, places, columns is not None, np.float32(self.multiplier)), explained
 
     def _weightings(self, manifest: Manifest, output: Array, columns: Array | None, places: Array
@@ -331,7 +352,7 @@ class _Call:
         explained: list[Explained] = []
         for number, target in enumerate(self.targets):
             one = slice(number, number + 1)
-            if target.kind == "tensor" and (columns is None or self.variant.all_positions):
+            if target.kind == "tensor" and (columns is None or not manifest.positions):
                 seeds[number], meaning = target.weighting(output, manifest.output, number)
                 explained += meaning
             elif target.kind == "tensor":
@@ -351,66 +372,3 @@ class _Call:
 def explained_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
     """The value that is explained: an output, or what went into its final softmax."""
     return as_numpy(results[-1] if manifest.before else results[manifest.outputs.names.index(manifest.output)])
-
-
-def _dense(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
-           ) -> tuple[Array, ...]:
-    """Seeds [S, *output]."""
-    seeds = np.zeros((len(found), *output.shape), np.float32)
-    for number, seed in enumerate(found):
-        for row, (indices, weights) in enumerate(zip(seed.indices, seed.weights, strict=True)):
-            for index, weight in zip(indices, weights, strict=True):
-                place = (row, places[number, row], index) if sequence else (row, index)[:output.ndim]
-                seeds[(number, *place)] += weight * multiplier
-    return (seeds,)
-
-
-def _sparse(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
-            ) -> tuple[Array, ...]:
-    """Seeds [S, B, P, K] of the scores, and the targets [B, P, K] (without P for an output [B, V]).
-
-    Each position holds the targets that are explained there; slots that stay empty have seed 0.
-    """
-    batch, positions = output.shape[0], output.shape[1] if sequence else 1
-    slots: list[list[list[int]]] = [[[] for _ in range(positions)] for _ in range(batch)]
-    entries: list[tuple[int, int, int, int, float]] = []
-    for number, seed in enumerate(found):
-        for row in range(batch):
-            place = int(places[number, row]) if sequence else 0
-            for index, weight in zip(seed.indices[row], seed.weights[row], strict=True):
-                held = slots[row][place]
-                if int(index) not in held:
-                    held.append(int(index))
-                entries.append((number, row, place, held.index(int(index)), float(weight)))
-    width = max(len(held) for row_slots in slots for held in row_slots)
-    targets = np.zeros((batch, positions, width), np.int64)
-    for row, row_slots in enumerate(slots):
-        for place, held in enumerate(row_slots):
-            targets[row, place, :len(held)] = held
-    seeds = np.zeros((len(found), batch, positions, width), np.float32)
-    for number, row, place, slot, weight in entries:
-        seeds[number, row, place, slot] += weight * multiplier
-    return (seeds, targets) if sequence else (seeds[:, :, 0], targets[:, 0])
-
-
-def _columns(columns: Array) -> tuple[Array, Array]:
-    """Positions [targets, B] as the distinct columns [B, P] to compute, and each target's column of each row."""
-    unique, inverse = np.unique(columns, axis=0, return_inverse=True)
-    places = np.broadcast_to(inverse.reshape(-1, 1), columns.shape)
-    return np.ascontiguousarray(unique.T), places
-
-
-def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], inputs: Mapping[str, float]) -> Ledger:
-    """The ledger from the sums that a program returned, named (place, op, value, side or cause, rule)."""
-    rows: list[LedgerRow] = []
-    seeded = {entry[3]: total for entry, total in zip(entries, totals, strict=True) if entry[1] == "seed"}
-    by_op: dict[tuple[str, ...], dict[str, float]] = {}
-    for (place, op, value, side, rule), total in zip(entries, totals, strict=True):
-        if op == "seed":
-            continue
-        amounts = by_op.setdefault((place, op, value, rule), {})
-        amounts[side] = amounts.get(side, 0.0) + total
-    for (place, op, _, rule), amounts in by_op.items():
-        rows.append(LedgerRow(place, op, amounts.pop("in", math.fsum(amounts.values())), amounts.pop("out", 0.0),
-                              amounts, rule))
-    return Ledger(tuple(rows), seeded["seed"], inputs, seeded["gross"])

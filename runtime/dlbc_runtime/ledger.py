@@ -190,3 +190,19 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def ledger_of(entries: tuple[tuple[str, ...], ...], totals: list[float], inputs: Mapping[str, float]) -> Ledger:
+    """The ledger from the sums that a program returned, named (place, op, value, side or cause, rule)."""
+    rows: list[LedgerRow] = []
+    seeded = {entry[3]: total for entry, total in zip(entries, totals, strict=True) if entry[1] == "seed"}
+    by_op: dict[tuple[str, ...], dict[str, float]] = {}
+    for (place, op, value, side, rule), total in zip(entries, totals, strict=True):
+        if op == "seed":
+            continue
+        amounts = by_op.setdefault((place, op, value, rule), {})
+        amounts[side] = amounts.get(side, 0.0) + total
+    for (place, op, _, rule), amounts in by_op.items():
+        rows.append(LedgerRow(place, op, amounts.pop("in", math.fsum(amounts.values())), amounts.pop("out", 0.0),
+                              amounts, rule))
+    return Ledger(tuple(rows), seeded["seed"], inputs, seeded["gross"])

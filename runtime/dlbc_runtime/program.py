@@ -65,6 +65,7 @@ class Manifest:
     before: str
     nodes: tuple[str, ...]
     sequence: str
+    positions: bool
     sparse: bool
     seed: str
     ledger: tuple[tuple[str, ...], ...]
@@ -78,7 +79,7 @@ class Manifest:
             **{name: getattr(self, name) for name in (
                 "model", "backend", "composite", "output", "before", "sequence", "seed")},
             "inputs": self.inputs.to_json(), "outputs": self.outputs.to_json(),
-            "sparse": self.sparse,
+            "positions": self.positions, "sparse": self.sparse,
             "weights": [[w.name, w.dtype, list(w.shape)] for w in self.weights],
             "prepared_from": list(self.prepared_from), "explained": list(self.explained), "nodes": list(self.nodes),
             "ledger": [list(entry) for entry in self.ledger],
@@ -94,7 +95,8 @@ class Manifest:
             weights=tuple(WeightSpec(str(n), str(d), tuple(int(i) for i in s)) for n, d, s in data["weights"]),
             prepared_from=tuple(data["prepared_from"]), explained=tuple(data["explained"]),
             output=str(data["output"]), before=str(data["before"]), nodes=tuple(data["nodes"]),
-            sequence=str(data["sequence"]), sparse=bool(data["sparse"]), seed=str(data["seed"]),
+            sequence=str(data["sequence"]), positions=bool(data["positions"]), sparse=bool(data["sparse"]),
+            seed=str(data["seed"]),
             ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
             rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
             static=dict(data["static"]), versions=dict(data["versions"]))

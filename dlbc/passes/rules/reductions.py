@@ -29,9 +29,15 @@ def logsumexp(at: Expansion, op: Op, m: Value) -> Contributions:
 
 @rule("prod", "gradient", form="M", conserves=False)
 def prod(at: Expansion, op: Op, m: Value) -> Contributions:
-    """M_x = M_y y / x, 0 where x is 0."""
-    x, _, m = _parts(at, op, m)
-    return (at.mul(m, at.safe_div(at.reshape(at.read(op.result), shape=m.type.shape[1:]), x)),)
+    """M_x = M_y times the product of the other factors."""
+    x, gone, m = _parts(at, op, m)
+    zero = at.eq(x, 0.0)
+    nonzero = at.where(zero, 1.0, x)
+    zeros = at.sum(at.cast(zero, dtype="f32"), dims=gone, keepdim=True)
+    product_of_nonzero = at.prod(nonzero, dims=gone, keepdim=True)
+    others = at.where(zero, at.where(at.eq(zeros, 1.0), product_of_nonzero, 0.0),
+                      at.where(at.eq(zeros, 0.0), at.div(product_of_nonzero, nonzero), 0.0))
+    return (at.mul(m, others),)
 
 
 def _parts(at: Expansion, op: Op, m: Value) -> tuple[Value, tuple[int, ...], Value]:

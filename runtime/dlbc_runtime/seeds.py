@@ -1,0 +1,55 @@
+"""From targets to the arrays that generated code takes: seeds, sparse targets, positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dlbc_runtime.arrays import Array
+from dlbc_runtime.target import Seed
+
+
+def dense_seeds(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
+           ) -> tuple[Array, ...]:
+    """Seeds float32 [S, *output]; `places` [S, B] says where in a sequence output each target stands."""
+    seeds = np.zeros((len(found), *output.shape), np.float32)
+    for number, seed in enumerate(found):
+        for row, (indices, weights) in enumerate(zip(seed.indices, seed.weights, strict=True)):
+            for index, weight in zip(indices, weights, strict=True):
+                place = (row, places[number, row], index) if sequence else (row, index)[:output.ndim]
+                seeds[(number, *place)] += weight * multiplier
+    return (seeds,)
+
+
+def sparse_seeds(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
+            ) -> tuple[Array, ...]:
+    """Seeds [S, B, P, K] of the scores, and the targets [B, P, K] (without P for an output [B, V]).
+
+    Each position holds the targets that are explained there; slots that stay empty have seed 0.
+    """
+    batch, positions = output.shape[0], output.shape[1] if sequence else 1
+    slots: list[list[list[int]]] = [[[] for _ in range(positions)] for _ in range(batch)]
+    entries: list[tuple[int, int, int, int, float]] = []
+    for number, seed in enumerate(found):
+        for row in range(batch):
+            place = int(places[number, row]) if sequence else 0
+            for index, weight in zip(seed.indices[row], seed.weights[row], strict=True):
+                held = slots[row][place]
+                if int(index) not in held:
+                    held.append(int(index))
+                entries.append((number, row, place, held.index(int(index)), float(weight)))
+    width = max(len(held) for row_slots in slots for held in row_slots)
+    targets = np.zeros((batch, positions, width), np.int64)
+    for row, row_slots in enumerate(slots):
+        for place, held in enumerate(row_slots):
+            targets[row, place, :len(held)] = held
+    seeds = np.zeros((len(found), batch, positions, width), np.float32)
+    for number, row, place, slot, weight in entries:
+        seeds[number, row, place, slot] += weight * multiplier
+    return (seeds, targets) if sequence else (seeds[:, :, 0], targets[:, 0])
+
+
+def distinct_columns(columns: Array) -> tuple[Array, Array]:
+    """Positions [targets, B] as the distinct columns [B, P] to compute, and each target's column of each row."""
+    unique, inverse = np.unique(columns, axis=0, return_inverse=True)
+    places = np.broadcast_to(inverse.reshape(-1, 1), columns.shape)
+    return np.ascontiguousarray(unique.T), places
