@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlbc.compiler import Source, explainer_of
+from dlbc.compiler import Source, compile_now, explainer_of
 from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.frontends.torch_export import import_model
 from dlbc.ir.interpreter import interpret
@@ -280,3 +280,21 @@ def rebound(case: zoo.Case, bound: Mapping[str, torch.Tensor]) -> tuple[tuple[An
 def test_refused_by_name(name: str) -> None:
     with pytest.raises(NO_RULE[name]):
         compiled(name).explainer("attnlrp")
+
+
+@pytest.mark.parametrize(("dtype", "rules"), [(torch.float16, "attnlrp"), (torch.float16, "dlb"), (torch.bfloat16, "dlb")])
+@pytest.mark.parametrize("name", ["mlp", "bert", "gpt2", "llama"])
+def test_half_precision_equals_the_oracle(name: str, dtype: torch.dtype, rules: str) -> None:
+    """Relevance is float32 whatever the model's type. (bfloat16 with rules that divide by cancelling sums is not held
+    to this: the forward pass is rounded too coarsely. `docs/rules.md` has figures.)"""
+    case = zoo.CASES[name]()
+
+    def narrow(leaf: object) -> object:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    args, kwargs = torch.utils._pytree.tree_map(narrow, (case.args, case.kwargs))
+    explainer = compile_now(case.model.to(dtype), args, kwargs, Options(rules=rules), Variant(dense=True))
+    found = explainer(*args, **kwargs)
+    for input_name, expected in oracle(explainer, found, seeds_of(explainer, found)).items():
+        assert found.relevance[input_name].dtype == np.float32
+        assert distance(found.relevance[input_name], expected) <= 2e-2
