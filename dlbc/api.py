@@ -32,7 +32,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" is `attnlrp`.
     `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
     `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
-    `explain`: names of the inputs to explain (default: all but those called mask, or integer positions). `keep`, `output`: defaults for calls.
+    `explain`: names of the inputs to explain (default: all but those called mask, or integer positions).
+    `keep`, `output`: defaults for calls.
     `fallback`: "gradient" passes ops without a rule by their gradient; default: such ops are errors.
     `cache`: keep and reuse compiled explainers on disk; `verify`: check a reused one against the model.
     `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).

@@ -282,7 +282,8 @@ def test_refused_by_name(name: str) -> None:
         compiled(name).explainer("attnlrp")
 
 
-@pytest.mark.parametrize(("dtype", "rules"), [(torch.float16, "attnlrp"), (torch.float16, "dlb"), (torch.bfloat16, "dlb")])
+@pytest.mark.parametrize(("dtype", "rules"), [
+    (torch.float16, "attnlrp"), (torch.float16, "dlb"), (torch.bfloat16, "dlb")])
 @pytest.mark.parametrize("name", ["mlp", "bert", "gpt2", "llama"])
 def test_half_precision_equals_the_oracle(name: str, dtype: torch.dtype, rules: str) -> None:
     """Relevance is float32 whatever the model's type. (bfloat16 with rules that divide by cancelling sums is not held

@@ -76,4 +76,5 @@ def test_a_pass_reads_a_graph_and_returns_one() -> None:
 
 def test_the_code_is_meant_to_be_read() -> None:
     source = dlbc.compile(net(), X, rules="epsilon", cache=False).source
-    assert all(line in source for line in ("def prepare(w):", "def forward(w, p, input):", "def relevance(w, p, state,"))
+    for line in ("def prepare(w):", "def forward(w, p, input):", "def relevance(w, p, state, "):
+        assert line in source

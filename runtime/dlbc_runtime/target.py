@@ -103,8 +103,8 @@ class Target:
         except ValueError as problem:
             raise InputError(f"Target.tensor has shape {list(self.weights.shape)}, output `{name}` has "
                              f"{list(output.shape)}", where="target",
-                             hint='of a sequence, weights are of the explained position, or with positions="all" of all '
-                                  "of them") from problem
+                             hint="of a sequence, weights are of the explained position, or with "
+                                  'positions="all" of all of them') from problem
         rows = range(output.shape[0] if output.ndim else 1)
         return seed, tuple(Explained(row, number, name, text=f"weighted {name}") for row in rows)
 
