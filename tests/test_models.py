@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dlbc.compiler import Source, compile_now, explainer_of
+from dlbc.composite import Composite
 from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.frontends.torch_export import import_model
 from dlbc.ir.interpreter import interpret
@@ -54,7 +55,7 @@ class Compiled:
     source: Source
     weights: Mapping[str, torch.Tensor]
 
-    def explainer(self, rules: str, backend: str = "torch", **variant: Any) -> Explainer:
+    def explainer(self, rules: str | Composite, backend: str = "torch", **variant: Any) -> Explainer:
         options = Options(rules=rules, backend=backend)
         return explainer_of(self.source, options, Variant(**variant), self.weights, model=self.case.model)
 
@@ -67,7 +68,11 @@ def backends(name: str) -> tuple[str, ...]:
 def compiled(name: str) -> Compiled:
     if not zoo.available(name):
         pytest.skip(f"{name} needs {', '.join(zoo.NEEDS[name])}")
-    case = zoo.CASES[name]()
+    return captured(zoo.CASES[name]())
+
+
+def captured(case: zoo.Case) -> Compiled:
+    """A case as the frontend and the canonicalising passes leave it."""
     imported = import_model(case.model, case.args, case.kwargs)
     source = Source(imported.graph, run(imported.graph, CANONICALISE), imported.inputs, imported.outputs,
                     imported.static)

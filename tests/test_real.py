@@ -10,15 +10,14 @@ import pytest
 import torch
 
 import dlbc
-from dlbc.compiler import compile_now
-from dlbc.options import Options
+from dlbc.composite import Composite, preset
+from dlbc.ir.core import Rule
+from dlbc.passes.rules import load_rules
 from dlbc_runtime.explainer import Explainer
-from dlbc_runtime.program import Variant
 from tests import zoo
-from tests.test_models import distance, oracle
+from tests.test_models import PRESETS, Compiled, captured, distance, oracle, seeds_of
 
 pytestmark = pytest.mark.real
-PRESETS = ["attnlrp", "cp-lrp", "dlb", "epsilon", "input-x-gradient"]
 
 
 def need(name: str) -> None:
@@ -27,32 +26,24 @@ def need(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def language_model() -> tuple[torch.nn.Module, object, dict[str, torch.Tensor]]:
+def language_model() -> tuple[Compiled, object, dict[str, torch.Tensor]]:
     need("smollm2_next_token")
     model, tokenizer = zoo.smollm2()
-    return model, tokenizer, dict(tokenizer("The capital of France is", return_tensors="pt"))
+    inputs = dict(tokenizer("The capital of France is", return_tensors="pt"))
+    return captured(zoo.Case(model, kwargs=inputs, name="smollm2")), tokenizer, inputs
 
 
 @functools.lru_cache(maxsize=1)
 def compiled_language_model() -> Explainer:
-    model, _, inputs = language_model()
-    return compile_now(model, (), inputs, Options(rules="attnlrp"), Variant())
-
-
-def seeds_for(explainer: Explainer, explanation: dlbc.Explanation) -> np.ndarray:
-    output = explanation.outputs[explainer.manifest.output]
-    seeds = np.zeros(output.shape)
-    for one in explanation.target:
-        seeds[(one.row, 0, one.index) if output.ndim == 3 else (one.row, one.index)] = 100.0
-    return seeds
+    return language_model()[0].explainer("attnlrp")
 
 
 def test_smollm2_continues_and_is_explained() -> None:
-    model, tokenizer, inputs = language_model()
+    built, tokenizer, inputs = language_model()
     explainer = compiled_language_model()
     found = explainer(**inputs)
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits[:, -1]
+        logits = built.case.model(**inputs, use_cache=False).logits[:, -1]
     np.testing.assert_allclose(found.outputs["logits"][:, 0], logits, atol=2e-4)
     assert tokenizer.decode(found.target[0].index) == " Paris"
     relevance = found.with_tokens(tokenizer).top(3)
@@ -60,12 +51,25 @@ def test_smollm2_continues_and_is_explained() -> None:
     assert found.conservation().closes(1e-4)
 
 
-def test_smollm2_equals_the_oracle() -> None:
-    model, _, inputs = language_model()
-    dense = compile_now(model, (), inputs, Options(rules="attnlrp"), Variant(dense=True))
-    found = compiled_language_model()(**inputs)
-    wanted = oracle(dense, found, seeds_for(dense, found))
-    assert distance(found.relevance["input_ids"], wanted["input_ids"]) <= 1e-4
+def sharp(rules: str) -> Composite:
+    """A preset with a stabiliser of 1e-9: one of 1e-6 lies within float32's rounding of sums near 0, and on thirty
+    layers moves results by up to 1e-3 between correct implementations."""
+    stabilised = {name for (_, name), rule in load_rules().items() if "eps" in rule.params}
+    entries = [(what, Rule(rule.name, (("eps", 1e-9),)) if rule.name in stabilised else rule)
+               for what, rule in preset(rules).entries]
+    return Composite(entries, name=f"{rules}, sharp", seed=preset(rules).seed)
+
+
+@pytest.mark.parametrize("rules", PRESETS)
+def test_smollm2_equals_the_oracle(rules: str) -> None:
+    built, _, inputs = language_model()
+    dense = built.explainer(sharp(rules), dense=True)
+    wanted = None
+    for backend in ("torch", "numpy"):
+        found = built.explainer(sharp(rules), backend)(**inputs)
+        wanted = wanted or oracle(dense, found, seeds_of(dense, found))
+        error = distance(found.relevance["input_ids"], wanted["input_ids"])
+        assert error <= (1e-5 if rules.startswith("dlb") else 1e-4), backend
 
 
 def test_smollm2_at_other_lengths_and_with_padding() -> None:
@@ -96,31 +100,31 @@ def test_minilm_classifies_and_is_explained(backend: str, rules: str) -> None:
         wanted = case.model(*case.args, **case.kwargs)
     own = next(iter(found.outputs.values()))
     np.testing.assert_allclose(own, getattr(wanted, "logits", wanted), atol=1e-4)
-    expected = oracle(explainer, found, seeds_for(explainer, found))
+    expected = oracle(explainer, found, seeds_of(explainer, found))
     for name, value in expected.items():
-        assert distance(found.relevance[name], value) <= (1e-4 if rules != "dlb" else 1e-5)
+        assert distance(found.relevance[name], value) <= (1e-5 if rules.startswith("dlb") else 1e-4)
     assert found.conservation().closes(1e-4)
 
 
-@pytest.mark.parametrize("rules", ["epsilon", "dlb", "input-x-gradient"])
-def test_efficientnet_sees_a_cat(rules: str) -> None:
+@pytest.mark.parametrize(("rules", "backend"), [*((rules, "torch") for rules in PRESETS), ("dlb", "numpy")])
+def test_efficientnet_sees_a_cat(rules: str, backend: str) -> None:
     need("efficientnet_pictures")
     model, cat = zoo.efficientnet_lite0(), zoo.image_input(zoo.picture("chelsea"))
-    explainer = dlbc.compile(model, cat, rules=rules)
+    explainer = dlbc.compile(model, cat, rules=rules, backend=backend)
     found = explainer(cat)
     with torch.no_grad():
         np.testing.assert_allclose(next(iter(found.outputs.values())), model(cat), atol=2e-4)
     assert found.target[0].index == 285  # Egyptian cat
     assert found.conservation().closes(1e-4)
     errors = []
-    for name in PICTURES:
+    for name in PICTURES if backend == "torch" else PICTURES[:1]:
         picture = zoo.image_input(zoo.picture(name))
         explanation = explainer(picture)
         (relevance,) = explanation.relevance.values()
         assert relevance.shape == tuple(picture.shape)
-        (expected,) = oracle(explainer, explanation, seeds_for(explainer, explanation)).values()
+        (expected,) = oracle(explainer, explanation, seeds_of(explainer, explanation)).values()
         errors.append(distance(relevance, expected))
-    assert max(errors) <= (1e-5 if rules == "dlb" else 1.5 * max(torchs_own_errors())), errors
+    assert max(errors) <= (1e-5 if rules.startswith("dlb") else 1.5 * max(torchs_own_errors())), errors
 
 
 PICTURES = ("chelsea", "coffee", "rocket", "motorcycle_left")
