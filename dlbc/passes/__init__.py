@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -23,14 +24,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """A graph-to-graph step. Subclasses are frozen dataclasses: `name`, options as fields, `run`."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def run(self, graph: Graph) -> Graph:
         """The rewritten graph."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         stated = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
