@@ -44,7 +44,7 @@ def test_smollm2_continues_and_is_explained() -> None:
     found = explainer(**inputs)
     with torch.no_grad():
         logits = built.case.model(**inputs, use_cache=False).logits[:, -1]
-    np.testing.assert_allclose(found.outputs["logits"][:, 0], logits, atol=2e-4)
+    assert np.abs(found.outputs["logits"][:, 0] - logits.numpy()).max() <= 1e-5 * float(logits.abs().max())
     assert tokenizer.decode(found.target[0].index) == " Paris"
     relevance = found.with_tokens(tokenizer).top(3)
     assert "France" in {one.name.strip() for one in relevance}
@@ -53,7 +53,7 @@ def test_smollm2_continues_and_is_explained() -> None:
 
 def sharp(rules: str) -> Composite:
     """A preset with a stabiliser of 1e-9: one of 1e-6 lies within float32's rounding of sums near 0, and on thirty
-    layers moves results by up to 1e-3 between correct implementations."""
+    layers moves results by some 1e-4 between thread counts (docs/rules.md)."""
     stabilised = {name for (_, name), rule in load_rules().items() if "eps" in rule.params}
     entries = [(what, Rule(rule.name, (("eps", 1e-9),)) if rule.name in stabilised else rule)
                for what, rule in preset(rules).entries]
@@ -73,8 +73,8 @@ def test_smollm2_equals_the_oracle(rules: str) -> None:
 
 
 def test_smollm2_at_other_lengths_and_with_padding() -> None:
-    _, tokenizer, _ = language_model()
-    explainer = compiled_language_model()
+    built, tokenizer, _ = language_model()
+    explainer = built.explainer(sharp("attnlrp"))
     texts = ["Water is", "The opposite of hot is something that we call"]
     for side in ("left", "right"):
         tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
@@ -86,7 +86,7 @@ def test_smollm2_at_other_lengths_and_with_padding() -> None:
             single = explainer(**alone, target=dlbc.Target.index(found.target[row].index))
             inside = found.relevance["input_ids"][row][mask]
             assert (found.relevance["input_ids"][row][~mask] == 0).all()
-            assert distance(inside, single.relevance["input_ids"][0]) <= 1e-3
+            assert distance(inside, single.relevance["input_ids"][0]) <= 1e-4
 
 
 @pytest.mark.parametrize("rules", PRESETS)
@@ -113,7 +113,8 @@ def test_efficientnet_sees_a_cat(rules: str, backend: str) -> None:
     explainer = dlbc.compile(model, cat, rules=rules, backend=backend)
     found = explainer(cat)
     with torch.no_grad():
-        np.testing.assert_allclose(next(iter(found.outputs.values())), model(cat), atol=2e-4)
+        wanted = model(cat).numpy()
+    assert np.abs(next(iter(found.outputs.values())) - wanted).max() <= 1e-5 * np.abs(wanted).max()
     assert found.target[0].index == 285  # Egyptian cat
     assert found.conservation().closes(1e-4)
     errors = []
