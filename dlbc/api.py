@@ -12,6 +12,7 @@ from dlbc.compiler import compile_now
 from dlbc.errors import InputError
 from dlbc.options import Options
 from dlbc_runtime.program import Variant
+from dlbc_runtime.reference import Reference
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,12 @@ log = logging.getLogger(__name__)
 def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Composite = "auto", backend: str = "auto",
             dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
-            dump: str | os.PathLike[str] | None = None) -> Explainer:
+            dump: str | os.PathLike[str] | None = None, reference: object = None) -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
-    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" is `attnlrp`.
+    `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds, from measured
+    faithfulness (`docs/faithfulness.md`), and `explainer.rules()` says what and why.
     `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
     `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
     `explain`: names of the inputs to explain (default: all but those called mask, or integer positions).
@@ -37,6 +39,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `fallback`: "gradient" passes ops without a rule by their gradient; default: such ops are errors.
     `cache`: keep and reuse compiled explainers on disk; `verify`: check a reused one against the model.
     `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).
+    `reference`: explain differences to another input, without anything lost in biases: "zero", "mean", "blur", a tensor
+    (tuple, dict) like `example_inputs`, or a `dlbc.Reference` (`docs/reference.md`).
 
     Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
     (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
@@ -47,14 +51,17 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     args, kwargs = normalise(example_inputs)
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
-    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, dynamic, explained,
-                      fallback, dump_to)
+    options = Options(rules, "torch" if backend == "auto" else backend, dynamic, explained,
+                      fallback, dump_to, None if reference is None else Reference.of(reference))
     default = Variant(keep=keep, output=output)
     if cache and not dump_to:
         from dlbc.cache import cached
 
-        return cached(model, args, kwargs, options, default, verify=verify)
-    return compile_now(model, args, kwargs, options, default)
+        explainer = cached(model, args, kwargs, options, default, verify=verify)
+    else:
+        explainer = compile_now(model, args, kwargs, options, default)
+    explainer.check(*args, **kwargs)
+    return explainer
 
 
 def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:
@@ -66,11 +73,6 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> 
     from dlbc.artifact import load_artifact
 
     return load_artifact(Path(path), model)
-
-
-def chosen_rules(rules: str | Composite, model: torch.nn.Module) -> str | Composite:
-    """What "auto" stands for: AttnLRP, made for transformers, and epsilon where there is no attention."""
-    return "attnlrp" if rules == "auto" else rules
 
 
 def check_model(model: object) -> None:

@@ -36,7 +36,7 @@ def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
     """
     artifact = read(path)
     try:
-        options = options_of(artifact.recipe, artifact.backend)
+        options = options_of(artifact.recipe, artifact.backend, artifact.reference)
         source = source_of(artifact)
         programs = {variant: _compiled(source, options, variant, program, artifact.where)
                     for variant, program in artifact.programs.items()}
@@ -54,7 +54,7 @@ def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
                              recipe=artifact.recipe)
     if artifact.recipe["rules"]["entries"] is None:  # type: ignore[index, call-overload]
         explainer = Explainer(programs, explainer.weights, default=artifact.default, draw=draw, recipe=artifact.recipe,
-                              build=partial(_refuse, artifact.where))
+                              build=partial(_refuse, artifact.where), reference=artifact.reference)
     return explainer
 
 

@@ -109,7 +109,7 @@ def _keeping(explainer: Explainer, path: Path) -> Explainer:
         program = build(variant)
         if variant.ledger and replace(variant, ledger=False) == explainer.default:
             whole = Explainer({**explainer.programs, variant: program}, explainer.weights, default=explainer.default,
-                              recipe=explainer.recipe)
+                              recipe=explainer.recipe, reference=explainer.reference)
             _write(path, pack(whole, extra={"key": path.stem}))
         return program
 
@@ -183,7 +183,8 @@ def keys_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         return ("tensor", x.dtype, x.device.type, tuple("any" if i in free else n for i, n in enumerate(x.shape)))
 
     key = Fingerprint()
-    key.add((_versions(), vars(options), vars(default), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"),
+    asked = {**vars(options), "reference": options.reference is not None}  # which one, the program does not know
+    key.add((_versions(), asked, vars(default), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"),
              torch.is_autocast_enabled("cuda")), "options")
     key.add({name: mapped(value, name, form) for name, value in bound.items()}, "inputs")
     key.add(model, "")
@@ -250,7 +251,8 @@ def _reused(artifact: Artifact, path: Path, model: torch.nn.Module, options: Opt
         _say_once(f"cache entry {path} cannot be used ({problem.fact}); compiling again")
         return None
     return Explainer(artifact.programs, weights, default=default, build=_Build(artifact, options),
-                     recompile=recompile, draw=draw, recipe=artifact.recipe)
+                     recompile=recompile, draw=draw, recipe=artifact.recipe,
+                     reference=options.reference)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`dlbc`: explain a text, an image or a table row; look into a model; keep the cache."""
+"""`dlbc`: explain a text, an image or a table row; measure explanations; look into a model; keep the cache."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ HELP = """Explain what a model says: which tokens, pixels or features made it sa
 
   dlbc explain table --model churn.py:build customers.csv --row 3
 
+  dlbc evaluate text --model ./my-classifier --file reviews.txt --rules attnlrp --rules cp-lrp
+
   dlbc doctor churn.py:build
 """
 
@@ -41,7 +43,7 @@ class _Program(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """What is asked for most comes first."""
-        return sorted(super().list_commands(ctx), key=["explain", "doctor", "ir", "cache"].index)
+        return sorted(super().list_commands(ctx), key=["explain", "evaluate", "doctor", "ir", "cache"].index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; what it raises becomes a sentence on stderr."""
@@ -89,9 +91,10 @@ def program(
 
 
 def _add_commands() -> None:
-    from dlbc.commands import cache, explain, inspect
+    from dlbc.commands import cache, evaluate, explain, inspect
 
     app.add_typer(explain.app, name="explain", rich_help_panel="Explain")
+    app.add_typer(evaluate.app, name="evaluate", rich_help_panel="Explain")
     app.command("doctor", rich_help_panel="Look into a model")(inspect.doctor)
     app.command("ir", rich_help_panel="Look into a model")(inspect.ir)
     app.add_typer(cache.app, name="cache", rich_help_panel="Housekeeping")

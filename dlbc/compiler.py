@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 from dlbc import __version__
 from dlbc.backends import load as load_backend
 from dlbc.errors import InputError
-from dlbc.ir.core import Graph, Op, Weight
+from dlbc.ir.core import Graph, Weight
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.options import Options, recipe_of
 from dlbc.passes import Pass, run
+from dlbc.passes.bounds import input_bounds
+from dlbc.passes.carriers import explained_inputs
+from dlbc.passes.contrast import Contrast
 from dlbc.passes.defer import Defer
+from dlbc.passes.differences import reference_rows
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.hoist_constants import HoistConstants
@@ -70,6 +74,8 @@ def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     chosen = tuple(p.name for p, name in zip(imported.graph.forward.params, imported.inputs.names, strict=True)
                    if name in options.explain)
     graph = imported.graph.with_attrs(explain=chosen) if options.explain else imported.graph
+    if options.reference is not None:
+        options.reference.by_input(imported.inputs, explained_names(graph, imported.inputs))
     canonical = run(graph, CANONICALISE)
     source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
     return explainer_of(source, options, default, imported.weights, model=model, recompile=recompile)
@@ -90,14 +96,23 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
     if recompile is None and model is not None:
         recompile = partial(_recompile, model, options, default)
     return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw,
-                     recipe=recipe_of(options, weights, model) if recipe is None else recipe)
+                     recipe=recipe_of(options, weights, model) if recipe is None else recipe,
+                     reference=options.reference)
 
 
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
     """One variant, from the canonical graph to the generated module."""
+    composite = options.composite.fitted(source.canonical, variant.output)
     graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
-    graph = run(graph, () if variant.dense else (SinkTargets(variant.output),))
-    paired = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=options.composite),))
+    contrast = composite.contrast == "mean"
+    # The seeds read every number of the output; or those at the reference, which is run before targets are known.
+    whole = variant.dense or composite.streams > 1 or options.reference is not None
+    graph = run(graph, () if whole else (SinkTargets(variant.output, contrast=contrast),))
+    graph = run(graph, (Contrast(variant.output),) if contrast else ())
+    # What is equal becomes one value before reference values are called by the names of values.
+    graph = run(graph, () if options.reference is None else (EliminateCommon(),))
+    paired = run(graph, (Pair(output=variant.output, keep=variant.keep, rules=composite,
+                              reference=options.reference is not None),))
     return finish_program(source, options, variant, paired)
 
 
@@ -136,11 +151,13 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: 
         nodes=_texts(graph.attrs["nodes"]), sequence=_sequence(source.canonical, source.inputs, output),
         positions="positions" in graph.attrs,
         sparse="targets" in graph.attrs,
-        seed=str(graph.attrs["seed"]),
+        seed=str(graph.attrs["seed"]), contrast=str(graph.attrs.get("contrast", "")),
+        reason=str(graph.attrs.get("reason", "")),
         ledger=tuple(_texts(entry) for entry in _tuple(graph.attrs.get("ledger", ()))),
-        rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), rule_text(op))
+        rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), str(op.rule))
                     for op in paired.relevance.ops if op.rule is not None),
-        versions={"dlbc": __version__})
+        versions={"dlbc": __version__}, streams=2 if graph.attrs.get("streams") == 2 else 1,
+        bounds=() if graph.attrs.get("reference") else input_bounds(paired), **reference_rows(graph, source.inputs))
 
 
 def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
@@ -148,6 +165,12 @@ def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
     from dlbc_runtime.arrays import as_numpy
 
     return {n: as_numpy(w) for n, w in weights.items()} if backend == "numpy" else dict(weights)
+
+
+def explained_names(graph: Graph, inputs: InputSpec) -> tuple[str, ...]:
+    """The user's names of the inputs that are explained."""
+    chosen = {p.name for p in explained_inputs(graph) if p.type.dtype != "bool"}
+    return tuple(name for p, name in zip(graph.forward.params, inputs.names, strict=True) if p.name in chosen)
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
@@ -201,13 +224,6 @@ def _sequence(graph: Graph, inputs: InputSpec, output: str) -> str:
         return ""
     return next(spec.name for spec, param in zip(inputs.tensors, graph.forward.params, strict=False)
                 if not param.type.floating and param.type.shape == found[1:])
-
-
-def rule_text(op: Op) -> str:
-    """A rule as users write it: `epsilon(1e-06)`."""
-    assert op.rule is not None
-    params = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for _, value in op.rule.params)
-    return f"{op.rule.name}({params})" if params else op.rule.name
 
 
 def _tuple(attr: object) -> tuple[Any, ...]:

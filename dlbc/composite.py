@@ -1,47 +1,32 @@
 """Which rule explains which op: an ordered list of (what matches, rule), first match wins.
 
-What matches is an op kind (`"linear"`), a group of them (`"convolution"`, `"norm"`: `GROUPS`), a
-module-path glob (`"model.layers.0.*"`), or a predicate of the op. `PRESETS` are the named composites.
+What matches is a selector written as text (`dlbc.selectors`: `"linear"`, `"convolution & first"`,
+`"model.layers.0.*"`) or a predicate of the op. `dlbc.presets` has the named composites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from dlbc.errors import RuleError, UnsupportedOpError
 from dlbc.ir.core import Graph, Op, Rule
-from dlbc.ir.ops import OPS, attr
-from dlbc.passes.rules import RULES, Form, load_rules, parse_rule
-from dlbc.passes.rules.activations import STEPS, UNARY
-from dlbc.passes.rules.linear import CONVS, LINEAR, TRANSPOSED
-from dlbc.passes.rules.moves import MOVES
-from dlbc.passes.rules.norms import NORMS
-from dlbc.passes.rules.selections import SELECTIONS
-from dlbc.passes.rules.sums import ADDED, SUMS
+from dlbc.ir.ops import attr
+from dlbc.passes.rules import RULES, Form, checked, load_rules, parse_rule
+from dlbc.presets import Preset, find
+from dlbc.selectors import NOWHERE, Sites, selector
 
 What: TypeAlias = "str | Callable[[Op], bool]"
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "linear_map": LINEAR, "convolution": (*CONVS, *TRANSPOSED), "sum_of_terms": (*SUMS, *ADDED), "product": ("mul",),
-    "quotient": ("div",), "gate": ("glu",), "activation": (*UNARY, *STEPS), "norm": NORMS,
-    "selection": SELECTIONS, "move": MOVES, "probabilities": ("softmax", "log_softmax"),
-    "reduction": ("var", "logsumexp", "prod"),
-    "pooling": ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool"),
-}
-"""Names for several op kinds at once."""
-
 
 @dataclass(frozen=True)
 class Composite:
     """An ordered choice of rules. `Composite([("linear", "epsilon(1e-3)"), ("head.*", "absolute")], base="attnlrp")`.
 
     Entries are tried in order, then those of `base` (a preset name). An entry applies to an op that it
-    matches and for which its rule exists. RuleError at construction for names that are unknown; at pairing
-    for a module glob that matches nothing.
+    matches and for which its rule exists. RuleError at construction for names that are unknown and for
+    parameters that a rule cannot have; at pairing for a module glob that matches nothing.
     """
 
     entries: tuple[tuple[What, Rule], ...]
@@ -49,22 +34,63 @@ class Composite:
     fallback: str | None = None
     seed: Form = "R"
     """What a seed is: relevance of the output, or (for `input-x-gradient`) its multiplier, the gradient."""
+    contrast: str = ""
+    """"mean": what is explained is each output minus the mean of all."""
+    plan: str = ""
+    """An `auto` preset, which adds entries made for the graph at hand (`fitted`)."""
+    reason: str = ""
+    """Why a plan chose as it did."""
 
     def __init__(self, entries: Iterable[tuple[What, str | Rule]], *, base: str | None = None, name: str = "",
-                 fallback: str | None = None, seed: Form | None = None) -> None:
+                 fallback: str | None = None, seed: Form | None = None, contrast: str | None = None,
+                 plan: str | None = None) -> None:
         load_rules()
-        own = tuple((what, rule if isinstance(rule, Rule) else parse_rule(rule)) for what, rule in entries)
-        if fallback not in (None, "gradient"):
-            raise RuleError(f"unknown fallback `{fallback}`", hint='use fallback="gradient", or none')
-        object.__setattr__(self, "entries", own + (preset(base).entries if base else ()))
-        object.__setattr__(self, "name", name or (f"{base}+" if base else "custom"))
-        object.__setattr__(self, "fallback", fallback)
-        object.__setattr__(self, "seed", seed or ("M" if "input-x-gradient" in (base, name) else "R"))
+        own = tuple((what, checked(rule) if isinstance(rule, Rule) else parse_rule(rule)) for what, rule in entries)
+        for what, _ in own:
+            if isinstance(what, str):
+                selector(what)
+        _check_fallback(fallback)
+        if contrast not in (None, "", "mean"):
+            raise RuleError(f"unknown contrast `{contrast}`", hint='use contrast="mean", or none')
+        given = find(base) if base else Preset(())
+        based = tuple((what, parse_rule(rule)) for what, rule in given.entries)
+        self._set(entries=own + based, name=name or (f"{base}+" if base else "custom"), fallback=fallback,
+                  seed=seed or given.seed, contrast=given.contrast if contrast is None else contrast,
+                  plan=given.plan if plan is None else plan, reason="")
 
-    def rule_for(self, op: Op, *, constant_factor: bool) -> Rule:
-        """The rule for an op; UnsupportedOpError when none fits. `constant_factor`: it is a linear map."""
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def but(self, **fields: object) -> Self:
+        """The same composite with other fields."""
+        found = copy.copy(self)
+        found._set(**fields)
+        return found
+
+    @property
+    def streams(self) -> int:
+        """How many relevances are carried: 2 where rules compare that of the target with that of its rivals."""
+        two = {name for (_, name), definition in RULES.items() if definition.streams > 1}
+        return 2 if any(rule.name in two for _, rule in self.entries) else 1
+
+    def fitted(self, graph: Graph, output: str = "") -> Self:
+        """The composite for a graph: with the entries that its plan makes for it, and why; else itself."""
+        if not self.plan:
+            return self
+        from dlbc.auto import PLANS
+
+        chosen = PLANS[self.plan](graph, output)
+        return self.but(entries=self.entries + chosen.entries, contrast=self.contrast or chosen.contrast, plan="",
+                        name=self.name if chosen.name in self.name else f"{self.name} ({chosen.name})",
+                        reason=chosen.reason)
+
+    def rule_for(self, op: Op, *, constant_factor: bool, sites: Sites = NOWHERE) -> Rule:
+        """The rule for an op; UnsupportedOpError when none fits. `constant_factor`: it is a linear map; `sites`: what
+        the graph's ops are to each other."""
         for what, rule in self.entries:
-            if (op.name, rule.name) in RULES and _matches(what, op) and _fits(op, rule, constant_factor):
+            if (op.name, rule.name) in RULES and _fits(op, rule, constant_factor) and (
+                    selector(what)(op, sites) if isinstance(what, str) else bool(what(op))):
                 return completed(op.name, rule)
         if self.fallback:
             name = "product_gradient" if op.name in ("matmul", "einsum") and not constant_factor else "gradient"
@@ -79,15 +105,17 @@ class Composite:
             + ', or choose fallback="gradient" to pass it by input x gradient of that op')
 
     def check(self, graph: Graph) -> None:
-        """RuleError, with the nearest names, for a module glob that matches no op of the graph."""
-        parts = [op.place.split(".") for op in graph.forward.ops]
-        places = sorted({".".join(place[:depth]) for place in parts for depth in range(1, len(place) + 1)})
+        """RuleError, with the nearest names, for a module glob or value name that matches no op of the graph."""
         for what, rule in self.entries:
-            if isinstance(what, str) and what not in OPS and what not in GROUPS and not any(
-                    fnmatchcase(place, what) or fnmatchcase(place, what + ".*") for place in places):
-                near = get_close_matches(what, [*places, *GROUPS, *OPS], 3, 0.3)
-                raise RuleError(f"`{what}` (for rule `{rule.name}`) matches no module and no op kind",
-                                hint=f"did you mean {', '.join(near)}?" if near else "see explainer.rules()")
+            if isinstance(what, str):
+                selector(what).check(graph, rule.name)
+
+    def __str__(self) -> str:
+        """Its entries, one a line, in the order they are tried."""
+        shown = [(what if isinstance(what, str) else f"{getattr(what, '__name__', 'a function')}()", str(rule))
+                 for what, rule in self.entries]
+        width = max((len(what) for what, _ in shown), default=0)
+        return "\n".join([f"composite {self.name}", *(f"  {what:<{width}}  {rule}" for what, rule in shown)])
 
 
 def completed(kind: str, rule: Rule) -> Rule:
@@ -97,15 +125,7 @@ def completed(kind: str, rule: Rule) -> Rule:
                                  for name, default in RULES[kind, rule.name].params.items()))
 
 
-def _matches(what: What, op: Op) -> bool:
-    if not isinstance(what, str):
-        return bool(what(op))
-    if what in OPS or what in GROUPS:
-        return op.name == what or op.name in GROUPS.get(what, ())
-    return fnmatchcase(op.place, what) or fnmatchcase(op.place, what + ".*")
-
-
-_TWO_CARRIERS = frozenset({"half", "signal", "share", "product_gradient"})
+_TWO_CARRIERS = frozenset({"half", "signal", "share", "product_gradient", "contrastive_product"})
 
 
 def _fits(op: Op, rule: Rule, constant_factor: bool) -> bool:
@@ -115,49 +135,17 @@ def _fits(op: Op, rule: Rule, constant_factor: bool) -> bool:
 
 
 def preset(name: str) -> Composite:
-    """The composite of a preset name; RuleError with the nearest names when there is none."""
-    load_rules()
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, 2)
-        raise RuleError(f"unknown rules `{name}`",
-                        hint=f"did you mean {', '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}")
-    return Composite(PRESETS[name], name=name)
+    """The composite of a preset's name; RuleError with the nearest names when there is none."""
+    return Composite([], base=name, name=name)
 
 
 def resolve(rules: str | Composite, fallback: str | None = None) -> Composite:
     """A composite from what the user gave: a preset name or a Composite."""
     chosen = preset(rules) if isinstance(rules, str) else rules
-    return replace_fallback(chosen, fallback) if fallback else chosen
+    _check_fallback(fallback)
+    return chosen.but(fallback=fallback) if fallback else chosen
 
 
-def replace_fallback(composite: Composite, fallback: str) -> Composite:
-    """The same composite with a fallback for ops without a rule."""
-    return Composite(composite.entries, name=composite.name, fallback=fallback, seed=composite.seed)
-
-
-_SHARED: tuple[tuple[What, str], ...] = (("move", "move"), ("selection", "select"), ("embedding", "sum"))
-_MULTIPLIER: tuple[tuple[What, str], ...] = (
-    *_SHARED, ("linear_map", "epsilon"), ("sum_of_terms", "epsilon"), ("activation", "identity"),
-    ("quotient", "numerator"), ("product", "half"), ("norm", "detach"), ("probabilities", "taylor"))
-_RELEVANCE: tuple[tuple[What, str], ...] = (
-    *_SHARED, ("activation", "pass"), ("quotient", "numerator_relevance"), ("product", "uniform"),
-    ("gate", "uniform"), ("norm", "identity"), ("probabilities", "pass"))
-_CONSERVING: tuple[tuple[What, str], ...] = (
-    *_MULTIPLIER, ("attention", "cp"), ("matmul", "signal"), ("gate", "signal"))
-
-PRESETS: dict[str, Sequence[tuple[What, str]]] = {
-    "attnlrp": (*_MULTIPLIER, ("attention", "attnlrp"), ("matmul", "half"), ("einsum", "half"), ("gate", "half")),
-    "cp-lrp": (*_CONSERVING, ("einsum", "signal")),
-    "epsilon": (*_CONSERVING, ("einsum", "signal")),
-    "dlb": (*_RELEVANCE, ("linear_map", "absolute"), ("sum_of_terms", "absolute"), ("attention", "dlb"),
-            ("matmul", "share"), ("einsum", "share")),
-    "dlb-0.1": (*_RELEVANCE, ("linear_map", "absolute_0_1"), ("sum_of_terms", "equal"), ("sum_of_terms", "absolute"),
-                ("attention", "dlb_0_1"),
-                ("matmul", "share"), ("einsum", "share")),
-    "input-x-gradient": (
-        *_SHARED, ("linear_map", "gradient"), ("sum_of_terms", "gradient"), ("activation", "gradient"),
-        ("quotient", "gradient"), ("product", "gradient"), ("gate", "gradient"), ("norm", "gradient"),
-        ("probabilities", "taylor"), ("attention", "gradient"), ("matmul", "product_gradient"),
-        ("einsum", "product_gradient"), ("reduction", "gradient")),
-}
-"""The named composites, as entries in order; `docs/rules.md` says when to use which."""
+def _check_fallback(fallback: str | None) -> None:
+    if fallback not in (None, "gradient"):
+        raise RuleError(f"unknown fallback `{fallback}`", hint='use fallback="gradient", or none')

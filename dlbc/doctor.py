@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlbc.api import chosen_rules
-from dlbc.compiler import Source, check_weights, explainer_of, rule_text
-from dlbc.composite import Composite, replace_fallback
+from dlbc.compiler import Source, check_weights, explainer_of
+from dlbc.composite import Composite
 from dlbc.errors import DlbcError, UnsupportedOpError
 from dlbc.ir.core import Graph, Op, Rule
 from dlbc.options import Options
 from dlbc.passes import run
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
+from dlbc.selectors import NOWHERE, Sites
 from dlbc_runtime.arrays import Array, as_numpy
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.program import Variant
@@ -95,7 +95,7 @@ def examine(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     from dlbc.frontends.torch_export import normalise
 
     args, kwargs = normalise(example_inputs)
-    options = Options(chosen_rules(rules, model), "torch" if backend == "auto" else backend, fallback=fallback)
+    options = Options(rules, "torch" if backend == "auto" else backend, fallback=fallback)
     report = Report(type(model).__name__, sum(weight.numel() for weight in model.parameters()),
                     composite=options.composite.name)
     imported, report = _captured(report, model, args, kwargs)
@@ -143,13 +143,13 @@ def _inputs(spec: InputSpec, static: Mapping[str, str]) -> tuple[Input, ...]:
 class _Recording(Composite):
     """A composite that passes what it has no rule for by its gradient, and remembers it."""
 
-    def rule_for(self, op: Op, *, constant_factor: bool) -> Rule:
+    def rule_for(self, op: Op, *, constant_factor: bool, sites: Sites = NOWHERE) -> Rule:
         """The rule of the composite, or else its gradient."""
         try:
-            return super().rule_for(op, constant_factor=constant_factor)
+            return super().rule_for(op, constant_factor=constant_factor, sites=sites)
         except UnsupportedOpError as problem:
             self.missing.append(problem)
-            return replace_fallback(self, "gradient").rule_for(op, constant_factor=constant_factor)
+            return Composite([], fallback="gradient").rule_for(op, constant_factor=constant_factor)
 
     @property
     def missing(self) -> list[UnsupportedOpError]:
@@ -159,7 +159,8 @@ class _Recording(Composite):
 
 
 def _paired(report: Report, canonical: Graph, composite: Composite) -> Report:
-    recording = _Recording(composite.entries, name=composite.name, fallback=composite.fallback)
+    fitted = composite.fitted(canonical)
+    recording = _Recording(fitted.entries, name=fitted.name, fallback=fitted.fallback)
     try:
         graph = run(canonical, (Pair(rules=recording),))
     except UnsupportedOpError:
@@ -174,7 +175,7 @@ def _paired(report: Report, canonical: Graph, composite: Composite) -> Report:
     uses: dict[tuple[str, str], list[str]] = {}
     for op in graph.relevance.ops:
         if op.rule is not None and op.name != "rel.to_multiplier":
-            uses.setdefault((op.name.removeprefix("rel."), rule_text(op)), []).append(op.place)
+            uses.setdefault((op.name.removeprefix("rel."), str(op.rule)), []).append(op.place)
     return replace(report, rules=tuple(RuleUse(name, rule, len(places), places[-1])
                                        for (name, rule), places in uses.items()))
 

@@ -3,7 +3,7 @@
 Everything is relevance itself (never a multiplier), float64, and written from the formulas, not from the rules'
 expansions. A linear map is its matrix, found by applying the op to basis vectors; a move is found by applying
 the op to the numbers of the elements; attention is loops over heads, queries and keys. `e(z) = z + eps sign(z)`.
-Where relevance enters a rule that carries multipliers, R / e(y) with eps = 1e-6 stands for R / y.
+Where relevance enters a rule that carries multipliers, R / e(y) with eps = 1e-9 stands for R / y.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dense_recurrent
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ from dlbc.passes.carriers import carriers, data_operands, explained_inputs
 from dlbc.passes.rules import RULES
 
 Array = NDArray[Any]
-TINY = 1e-6
+TINY = 1e-9
 CLOSED = {"relu", "silu", "mish", "gelu", "hardswish", "leaky_relu", "neg", "abs", "negative_part", "softsign", "tanh",
           "atan", "sin", "erf", "prelu"}
 """Functions with f(0) = 0 and a finite slope there: the identity rule has no stabiliser for them."""
@@ -90,6 +91,9 @@ class Site:
 
 def contributions(site: Site, r: Array) -> list[Array | None]:
     """Relevance [S, *operand] of each operand that carries, None for the others; r is [S, *y]."""
+    if RULES[site.name, site.rule].streams > 1:
+        found: list[Array | None] = FORMULAS[FAMILY[site.name], site.rule](site, r)
+        return found
     per_seed = [_one_seed(site, one) for one in r]
     return [np.stack([parts[i] for parts in per_seed]) if carries and per_seed[0][i] is not None else None
             for i, carries in enumerate(site.carried)]
@@ -122,6 +126,9 @@ def _stabilised(s: Site, r: Array) -> Array:
 
 
 def absolute(s: Site, r: Array, one_sided: bool = False) -> Array:
+    low, high = s.params.get("low", -np.inf), s.params.get("high", np.inf)
+    if low > -np.inf or high < np.inf:
+        return _activation_aware(s, r, low, high)
     x = s.x[s.only]
     sizes = s if s.name != "einsum" else Site(**{**s.__dict__, "x": [np.abs(o) for o in s.x]})
     z = np.abs(sizes.matrix(s.only)) * np.abs(x)  # each product of weights by its size, also where they are summed
@@ -136,6 +143,85 @@ def absolute_0_1(s: Site, r: Array) -> Array:
     if s.name == "mean":
         return _through(s.matrix(0), r)
     return absolute(s, r, one_sided=s.name in ("linear", "matmul", "einsum"))
+
+
+def _terms_by_sign(s: Site) -> tuple[Array, Array, Array]:
+    """z+, z- [*y, *x] and the bias [*y]."""
+    x = s.x[s.only]
+    plus, minus = _maps_by_sign(s, s.only)
+    up = np.maximum(x, 0) * plus - np.minimum(x, 0) * minus
+    down = np.minimum(x, 0) * plus - np.maximum(x, 0) * minus
+    return up, down, s.bias(s.only)
+
+
+def _summed(z: Array, s: Site) -> Array:
+    """Over the contributions to each output."""
+    return np.asarray(z.sum(axis=tuple(range(s.y.ndim, z.ndim))))
+
+
+def _per_output(mask: Array, z: Array) -> Array:
+    return mask.reshape(*mask.shape, *(1,) * (z.ndim - mask.ndim))
+
+
+def _activation_aware(s: Site, r: Array, low: float, high: float) -> Array:
+    up, down, b = _terms_by_sign(s)
+    counts_up, counts_down = s.y >= low, s.y <= high
+    z = up * _per_output(counts_up, up) - down * _per_output(counts_down, down)
+    bias = np.maximum(b, 0) * counts_up - np.minimum(b, 0) * counts_down
+    return _through(z, over(r, _summed(z, s) + bias))
+
+
+def gamma(s: Site, r: Array) -> Array:
+    """Contributions of the sign of y count 1 + gamma times; y = 0 hands on nothing."""
+    up, down, b = _terms_by_sign(s)
+    sign, g = _per_output(s.y > 0, up), s.params["gamma"]
+    z = np.where(sign, (1 + g) * up + down, up + (1 + g) * down)
+    total = _summed(z, s) + b + g * np.where(s.y > 0, np.maximum(b, 0), np.minimum(b, 0))
+    return _through(z, np.where(s.y == 0, 0, r) / e(total, s.params["eps"]))
+
+
+def alpha_beta(s: Site, r: Array) -> Array:
+    up, down, b = _terms_by_sign(s)
+    alpha, beta = s.params.get("alpha", 1), s.params.get("beta", 0)
+    return alpha * _through(up, over(r, _summed(up, s) + np.maximum(b, 0))) - beta * _through(
+        down, over(r, _summed(down, s) + np.minimum(b, 0)))
+
+
+UNWEIGHTED = {"avg_pool", "adaptive_avg_pool", "interpolate", "mean", "sum", "cumsum"}
+
+
+def w_square(s: Site, r: Array) -> Array:
+    if s.name in UNWEIGHTED:
+        weights = np.abs(s.matrix(0))
+    elif s.name == "einsum":
+        weights = Site(**{**s.__dict__, "x": [o if i == s.only else o ** 2 for i, o in enumerate(s.x)]}).matrix(s.only)
+    else:
+        weights = s.matrix(s.only) ** 2
+    return _through(weights, over(r, _summed(weights, s) + s.bias(s.only) ** 2))
+
+
+def flat(s: Site, r: Array) -> Array:
+    """Weights of ones where there are weights; each output's part is the same for all that it reads."""
+    if s.name in UNWEIGHTED:
+        weights = np.abs(s.matrix(0))
+    elif s.name == "batch_norm":
+        weights = (s.matrix(0) != 0).astype(float)
+    else:
+        factors = {"rotary": (1, 2)}.get(s.name, [i for i in range(len(s.x)) if i != s.only and np.ndim(s.x[i]) > 1])
+        ones = Site(**{**s.__dict__, "x": [np.ones_like(o) if i in factors else o for i, o in enumerate(s.x)]})
+        weights = np.abs(ones.matrix(s.only))
+    return _through(weights, over(r, _summed(weights, s)))
+
+
+def zbox(s: Site, r: Array) -> Array:
+    x = s.x[s.only]
+    channels = s.name.startswith(("conv", "batch_norm", "avg_pool", "adaptive_avg_pool", "interpolate"))
+    shape = (-1, *(1,) * (x.ndim - 2)) if channels else (-1,)
+    low, high = (np.reshape(s.params[name], shape) if np.ndim(s.params[name]) else s.params[name]
+                 for name in ("low", "high"))
+    plus, minus = _maps_by_sign(s, s.only)
+    z = (x - low) * plus + (high - x) * minus
+    return _through(z, over(r, _summed(z, s)))
 
 
 # --- products of carriers ----------------------------------------------------------------------------
@@ -231,6 +317,11 @@ def gate_half(s: Site, r: Array) -> list[Any]:
 def gate_signal(s: Site, r: Array) -> list[Any]:
     r = kept(s, r)
     return [None, _split(s, [r, r])[1]] if s.carried[1] else _split(s, [_gate(s, r), r])
+
+
+def gate_signal_relevance(s: Site, r: Array) -> list[Any]:
+    position = 1 if s.carried[1] else 0
+    return [part if i == position else None for i, part in enumerate(_split(s, [r, r]))]
 
 
 def gate_gradient(s: Site, r: Array) -> list[Any]:
@@ -459,6 +550,23 @@ def attnlrp(s: Site, r: Array) -> list[Any]:
     return _attention(s, r, part=0.5)
 
 
+def attnlrp_conserving(s: Site, r: Array) -> list[Any]:
+    """Head by head: v gets what softmax absorbs, between none and three times its own."""
+    raw, p, slopes = _scores(s)
+    k, v = s.x[1:3]
+    m, per = 0.5 * _stabilised(s, r), s.x[0].shape[1] // k.shape[1]
+    to_q, to_k, _, *rest = _attention(s, r, part=0.5)
+    to_v = np.zeros(v.shape)
+    for b, h in np.ndindex(*s.x[0].shape[:2]):
+        g = h // per
+        of_head = v[b, g] * (p[b, h].T @ m[b, h])
+        to_p = p[b, h] * (m[b, h] @ v[b, g].T)
+        to_s = raw[b, h] * (to_p - p[b, h] * to_p.sum(-1, keepdims=True)) * slopes[0, b, h]
+        absorbed, own = to_p.sum() - to_s.sum(), of_head.sum()
+        to_v[b, g] += of_head * (np.clip(1 + absorbed / own, 0, 3) if own else 1.0)
+    return [to_q, to_k, to_v, *rest]
+
+
 def attention_gradient(s: Site, r: Array) -> list[Any]:
     return _attention(s, r, part=1.0, derivative=True)
 
@@ -505,11 +613,96 @@ def dlb_0_1(s: Site, r: Array) -> list[Any]:
     return [to_q, to_k, to_v, *(None,) * (len(s.x) - 3)]
 
 
+# --- contrastive: rows [0, S/2) of r are R+, the others their R- ---------------------------------------
+
+def _sided(r: Array, up: Array, down: Array, constants: Array) -> Array:
+    """Relevance [S, *terms] of the terms of each output: `up` and `down` [*y, *terms] are its contributions of either
+    sign, both as sizes; `constants` [*y, n] are added to it besides. Output by output, as the rule is told."""
+    found = np.zeros((len(r), *up.shape[r.ndim - 1:]))
+    for j in np.ndindex(*r.shape[1:]):
+        p, n, c = up[j].sum(), down[j].sum(), constants[j]
+        through_p, through_n = up[j] / (p + c[c > 0].sum() or 1.0), down[j] / (n - c[c < 0].sum() or 1.0)
+        for plus in range(len(r) // 2):
+            minus = plus + len(r) // 2
+            ours, theirs, y = r[(plus, *j)], r[(minus, *j)], p - n + c.sum()
+            if p == 0 or n == 0:
+                ways = (through_n, through_n) if p == 0 else (through_p, through_p)
+            elif y == 0:
+                continue
+            elif (y > 0 and ours > theirs) or (y < 0 and ours < theirs):
+                ways = through_p, through_n
+            else:
+                ways = through_n, through_p
+            found[plus] += ours * ways[0]
+            found[minus] += theirs * ways[1]
+    return found
+
+
+def _maps_by_sign(s: Site, position: int) -> tuple[Array, Array]:
+    """The positive and the negative part of an operand's matrix, as sizes; each product of constant factors has a sign
+    of its own, also where such products are summed."""
+    found = [np.zeros((*s.y.shape, *np.shape(s.x[position]))) for _ in range(2)]
+    others = [i for i in range(len(s.x)) if i != position] if s.name == "einsum" else []
+    for signs in itertools.product((1, -1), repeat=len(others)):
+        x = [np.maximum(signs[others.index(i)] * o, 0) if i in others else o for i, o in enumerate(s.x)]
+        matrix = Site(**{**s.__dict__, "x": x}).matrix(position) * math.prod(signs)
+        found[0] += np.maximum(matrix, 0)
+        found[1] += np.maximum(-matrix, 0)
+    return found[0], found[1]
+
+
+def _in_operand(s: Site, r: Array, position: int) -> Array:
+    x = s.x[position]
+    plus, minus = _maps_by_sign(s, position)
+    up = np.maximum(x, 0) * plus + np.maximum(-x, 0) * minus
+    down = np.maximum(x, 0) * minus + np.maximum(-x, 0) * plus
+    constants, wide = s.bias(position)[..., None], s.y.reshape(*s.y.shape, *(1,) * (up.ndim - s.y.ndim))
+    below, above = wide < s.params.get("low", -np.inf), wide > s.params.get("high", np.inf)
+    constants = np.where(s.y[..., None] < s.params.get("low", -np.inf), np.minimum(constants, 0), constants)
+    constants = np.where(s.y[..., None] > s.params.get("high", np.inf), np.maximum(constants, 0), constants)
+    return _sided(r, np.where(below, 0, up), np.where(above, 0, down), constants)
+
+
+def contrastive_linear(s: Site, r: Array) -> list[Any]:
+    """Of a product of two carriers, all to the one that is no softmax, or the same part to each."""
+    chosen = list(s.carried)
+    if sum(s.softmaxes) == 1 and sum(s.carried) > 1:
+        chosen = [carries and not weight for carries, weight in zip(s.carried, s.softmaxes, strict=True)]
+    return [_in_operand(s, r / sum(chosen), i) if one else None for i, one in enumerate(chosen)]
+
+
+def contrastive_sum(s: Site, r: Array) -> list[Any]:
+    z = {i: s.matrix(i) * s.x[i] for i in _terms(s)}
+    flat = {i: part.reshape(*s.y.shape, -1) for i, part in z.items()}
+    own = np.concatenate([flat[i] for i in z if s.carried[i]], axis=-1)
+    constants = np.concatenate([np.zeros((*s.y.shape, 1)), *(flat[i] for i in z if not s.carried[i])], axis=-1)
+    shares, start, found = _sided(r, np.maximum(own, 0), np.maximum(-own, 0), constants), 0, [None] * len(s.x)
+    for i in z:
+        if s.carried[i]:
+            stop = start + np.size(s.x[i])
+            found[i] = shares[:, start:stop].reshape(len(r), *np.shape(s.x[i]))  # type: ignore[call-overload]
+            start = stop
+    return found
+
+
+def contrastive_attention(s: Site, r: Array) -> list[Any]:
+    _, p, _ = _scores(s)
+    v = s.x[2]
+    found, per = np.zeros((len(r), *v.shape)), p.shape[1] // v.shape[1]
+    for b, h in np.ndindex(*p.shape[:2]):
+        z = p[b, h][:, None, :] * v[b, h // per].T  # [T, D, U]
+        shares = np.zeros((len(r), *z.shape))
+        for i, d in np.ndindex(*z.shape[:2]):
+            shares[:, i, d] = _sided(r[:, b, h, i, d], np.maximum(z[i, d], 0), np.maximum(-z[i, d], 0), np.zeros(1))
+        found[:, b, h // per] += shares.sum(axis=1).swapaxes(-1, -2)
+    return [None, None, found, *(None,) * (len(s.x) - 3)]
+
+
 # --- which formula is which --------------------------------------------------------------------------
 
 _KINDS: dict[str, str] = {
     "linear": "linear linear_rows conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul "
-    "einsum avg_pool adaptive_avg_pool mean sum cumsum rotary batch_norm",
+    "einsum avg_pool adaptive_avg_pool interpolate mean sum cumsum rotary batch_norm",
     "sum": "add sub scatter_add",
     "mul": "mul",
     "div": "div",
@@ -529,11 +722,15 @@ _KINDS: dict[str, str] = {
     "hardswish hardsigmoid softsign neg abs relu negative_part gelu softplus elu leaky_relu prelu pow floor ceil round "
     "sign",
     "reduction": "var logsumexp prod",
+    "recurrent": "lstm gru rnn",
 }
 FAMILY = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
+    **dense_recurrent.FORMULAS,
     ("linear", "epsilon"): epsilon, ("linear", "gradient"): linear_gradient, ("linear", "absolute"): absolute,
+    **{("linear", rule.__name__): rule for rule in (gamma, alpha_beta, w_square, flat, zbox)},
+    ("linear", "zplus"): alpha_beta,
     ("linear", "absolute_0_1"): absolute_0_1, ("linear", "half"): half, ("linear", "signal"): signal,
     ("linear", "product_gradient"): product_gradient, ("linear", "share"): share,
     ("sum", "epsilon"): sum_epsilon, ("sum", "gradient"): sum_epsilon, ("sum", "absolute"): sum_absolute,
@@ -543,6 +740,10 @@ FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     ("div", "numerator"): numerator, ("div", "numerator_relevance"): numerator_relevance,
     ("div", "gradient"): quotient_gradient, ("glu", "half"): gate_half, ("glu", "uniform"): uniform,
     ("glu", "signal"): gate_signal, ("glu", "gradient"): gate_gradient,
+    ("glu", "signal_relevance"): gate_signal_relevance,
+    ("linear", "contrastive"): contrastive_linear, ("linear", "contrastive_product"): contrastive_linear,
+    ("sum", "contrastive"): contrastive_sum, ("index_put", "contrastive"): contrastive_sum,
+    ("attention", "contrastive"): contrastive_attention,
     ("unary", "identity"): identity, ("unary", "pass"): passed, ("unary", "gradient"): gradient,
     ("reduction", "gradient"): reduction_gradient,
     ("where", "select"): where, ("clamp", "select"): clamp, ("extremum", "select"): extremum,
@@ -550,7 +751,8 @@ FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     ("move", "move"): move, ("softmax", "taylor"): softmax_taylor, ("softmax", "pass"): passed,
     ("norm", "identity"): passed, ("norm", "detach"): lambda s, r: _norm(s, r, False),
     ("norm", "gradient"): lambda s, r: _norm(s, r, True),
-    ("attention", "attnlrp"): attnlrp, ("attention", "gradient"): attention_gradient, ("attention", "cp"): cp,
+    ("attention", "attnlrp"): attnlrp, ("attention", "attnlrp_conserving"): attnlrp_conserving,
+    ("attention", "gradient"): attention_gradient, ("attention", "cp"): cp,
     ("attention", "absolute"): attention_absolute, ("attention", "dlb"): dlb, ("attention", "dlb_0_1"): dlb_0_1,
 }
 

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -180,12 +182,20 @@ def test_next_token_is_explained_shown_and_written(causal: Path, tmp_path: Path)
                  tmp_path / "x.png", "--save", tmp_path / "x.safetensors", "--top", 2)
     assert result.exit_code == 0, result.output
     assert "the model says: '" in result.stdout and "at position 2" in result.stdout
-    assert "conservation: seed 100 =" in result.stdout
+    assert "conservation: seed 100 =" in result.stdout and ", closes to 0.0001\n" in result.stdout
     assert "adds up" in (tmp_path / "x.html").read_text()
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     stored = Explanation.load(tmp_path / "x.safetensors")
     assert stored.tokens == (("the", "sky", "is"),)
     assert stored.ledger is not None and stored.ledger.closes()
+
+
+def test_the_first_token_is_shown_apart(causal: Path) -> None:
+    result = run("explain", "text", "-m", causal, "the sky is", "--sinks", "apart")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("first token the (position 0), shown apart: ") == 1
+    wrong = run("explain", "text", "-m", causal, "the sky is", "--sinks", "drop")
+    assert wrong.exit_code == 1 and "sinks='drop'" in wrong.stderr
 
 
 def test_top_says_how_many_are_listed(causal: Path) -> None:
@@ -237,7 +247,32 @@ def test_check_fails_loudly_when_the_ledger_does_not_close(causal: Path) -> None
     """No float adds up to a tolerance of zero."""
     result = run("explain", "text", "-m", causal, "the sky is", "--check", "--tolerance", 0)
     assert result.exit_code == 1
-    assert "conservation does not close" in result.stderr and "unaccounted for" in result.stderr
+    assert "conservation does not close to 0:" in result.stderr and "unaccounted for" in result.stderr
+    assert ", closes" not in result.stdout
+    *leaks, last = result.stderr.splitlines()
+    assert "operations do not balance" in last
+    assert leaks and all("is left over" in line or "more operations" in line for line in leaks)
+    assert "model.layers." in result.stderr and "<" in leaks[0] and "passed on" in leaks[0]
+
+
+def test_check_names_the_worst_operation_first(causal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlbc_runtime import ledger
+
+    whole = ledger.ledger_of
+
+    def leaking(*given: Any) -> ledger.Ledger:
+        found = whole(*given)
+        rows = list(found.rows)
+        rows[1] = replace(rows[1], outgoing=rows[1].outgoing - 1)
+        rows[3] = replace(rows[3], outgoing=rows[3].outgoing - 20)
+        return ledger.Ledger(tuple(rows), found.seed, found.inputs, found.gross)
+
+    monkeypatch.setattr("dlbc_runtime.explainer.ledger_of", leaking)
+    result = run("explain", "text", "-m", causal, "the sky is", "--check")
+    assert result.exit_code == 1
+    first, second, last = result.stderr.splitlines()
+    assert first.endswith("20 is left over") and second.endswith("1 is left over")
+    assert "2 operations do not balance" in last
 
 
 # Models that are refused
@@ -369,7 +404,7 @@ def test_ir_can_be_written(file: Path, tmp_path: Path) -> None:
 def test_the_doctor_finds_a_sound_model_sound(file: Path, causal: Path) -> None:
     result = run("doctor", file, "--rules", "epsilon")
     assert result.exit_code == 0, result.output
-    for text in ("every operation has a rule", "<epsilon(1e-06)>", "conservation adds up", "f32[B,3]", "B: any"):
+    for text in ("every operation has a rule", "<epsilon(1e-09)>", "conservation adds up", "f32[B,3]", "B: any"):
         assert text in result.stdout
     assert run("doctor", causal).exit_code == 0
 

@@ -101,7 +101,8 @@ def test_how_it_reads(dim: Dim, text: str) -> None:
 
 
 @pytest.mark.parametrize(("dim", "expected"), [
-    (6 * T // 3, 2 * T), (T * B // T, B), ((4 * T + 2) // 2, 2 * T + 1), (4 * T % 2, 0), (T - T, 0), (T // 1, T),
+    (6 * T // 3, 2 * T), (T * B // T, B), ((T * B + T - 1) // T, B), ((T - 1) // T, 0), ((2 * T + 1) // 2, T),
+    ((4 * T + 2) // 2, 2 * T + 1), (4 * T % 2, 0), (T - T, 0), (T // 1, T),
     (maximum(3, 5), 5), (maximum(T, T), T), (product(()), 1),
 ], ids=str)
 def test_what_simplifies(dim: Dim, expected: Dim) -> None:

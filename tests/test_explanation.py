@@ -235,6 +235,11 @@ def test_the_ledger_adds_up() -> None:
 def test_a_ledger_that_does_not_add_up_says_where() -> None:
     leaking = replace(LEDGER, rows=(*LEDGER.rows, LedgerRow("leak", "add", 1.0, 0.9)))
     assert not leaking.closes() and [row.place for row in leaking.leaks()] == ["leak"]
+    assert str(leaking.leaks()[0]) == "leak: add got 1, passed on 0.9: 0.1 is left over"
+    worse = replace(leaking, rows=(*leaking.rows, LedgerRow("worse", "add", 1.0, 2.0),
+                                   LedgerRow("nan", "add", 1, math.nan)))
+    assert [row.place for row in worse.leaks()] == ["nan", "worse", "leak"]
+    assert [row.place for row in LEDGER.by_absorbed()] == ["head", "block"]
     assert not replace(LEDGER, inputs={"input_ids": 0.4}).closes()
     assert not replace(LEDGER, seed=math.nan).closes()
     assert not replace(LEDGER, rows=(LedgerRow("a", "add", math.nan, 0.0),)).closes()

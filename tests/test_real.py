@@ -10,12 +10,9 @@ import pytest
 import torch
 
 import dlbc
-from dlbc.composite import Composite, preset
-from dlbc.ir.core import Rule
-from dlbc.passes.rules import load_rules
 from dlbc_runtime.explainer import Explainer
 from tests import zoo
-from tests.test_models import PRESETS, Compiled, captured, distance, oracle, seeds_of
+from tests.test_models import PRESETS, Compiled, captured, distance, on_own_values, oracle, seeds_of
 
 pytestmark = pytest.mark.real
 
@@ -51,22 +48,13 @@ def test_smollm2_continues_and_is_explained() -> None:
     assert found.conservation().closes(1e-4)
 
 
-def sharp(rules: str) -> Composite:
-    """A preset with a stabiliser of 1e-9: one of 1e-6 lies within float32's rounding of sums near 0, and on thirty
-    layers moves results by some 1e-4 between thread counts (docs/rules.md)."""
-    stabilised = {name for (_, name), rule in load_rules().items() if "eps" in rule.params}
-    entries = [(what, Rule(rule.name, (("eps", 1e-9),)) if rule.name in stabilised else rule)
-               for what, rule in preset(rules).entries]
-    return Composite(entries, name=f"{rules}, sharp", seed=preset(rules).seed)
-
-
 @pytest.mark.parametrize("rules", PRESETS)
 def test_smollm2_equals_the_oracle(rules: str) -> None:
     built, _, inputs = language_model()
-    dense = built.explainer(sharp(rules), dense=True)
+    dense = built.explainer(rules, dense=True)
     wanted = None
     for backend in ("torch", "numpy"):
-        found = built.explainer(sharp(rules), backend)(**inputs)
+        found = built.explainer(rules, backend)(**inputs)
         wanted = wanted or oracle(dense, found, seeds_of(dense, found))
         error = distance(found.relevance["input_ids"], wanted["input_ids"])
         assert error <= (1e-5 if rules.startswith("dlb") else 1e-4), backend
@@ -74,7 +62,7 @@ def test_smollm2_equals_the_oracle(rules: str) -> None:
 
 def test_smollm2_at_other_lengths_and_with_padding() -> None:
     built, tokenizer, _ = language_model()
-    explainer = built.explainer(sharp("attnlrp"))
+    explainer = built.explainer("attnlrp")
     texts = ["Water is", "The opposite of hot is something that we call"]
     for side in ("left", "right"):
         tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
@@ -123,6 +111,7 @@ def test_efficientnet_sees_a_cat(rules: str, backend: str) -> None:
         explanation = explainer(picture)
         (relevance,) = explanation.relevance.values()
         assert relevance.shape == tuple(picture.shape)
+        assert on_own_values(explainer, explanation) <= 1e-5
         (expected,) = oracle(explainer, explanation, seeds_of(explainer, explanation)).values()
         errors.append(distance(relevance, expected))
     assert max(errors) <= (1e-5 if rules.startswith("dlb") else 1.5 * max(torchs_own_errors())), errors

@@ -7,6 +7,7 @@ held to `<A x, r> = <x, A^T r>`, with a leading S on r.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -139,7 +140,7 @@ for _x, _dtype in ((WIDE, "i32"), (WIDE, "bool"), (INTS, "u8"), (INTS, "f32"), (
                    (INTS, "bool"), (WIDE, "f16")):
     case("cast", _x, expected=lambda x, to=_dtype: x.to(DTYPES[to]), dtype=_dtype)
 case("stabilise", torch.tensor([-1., -0., 0., 1e-9, 2.]), expected=lambda x: torch.where(
-    x >= 0, x + 1e-6, x - 1e-6))
+    x >= 0, x + 1e-9, x - 1e-9))
 case("damp", torch.tensor([[2., 3., -1.]]), torch.tensor([0., 0.1, -0.3]), expected=lambda m, y: m * y.abs() / (
     y.abs() + 0.1), eps=0.1)
 case("stabilise", SMALL, expected=lambda x: torch.where(x >= 0, x + 0.1, x - 0.1), eps=0.1)
@@ -247,6 +248,62 @@ for _keepdim in (False, True):
     case("min_with_index", rand(3, 4, 2), dim=-2, keepdim=_keepdim, expected=lambda x, k=_keepdim: x.min(
         -2, keepdim=k))
 
+# --- recurrent layers --------------------------------------------------------------------------------
+
+def torch_recurrent(kind: str, reverse: bool = False) -> Callable[..., Any]:
+    """torch's own cells, row by row: the states after each step."""
+    def run_layer(x: Tensor, *operands: Tensor) -> Any:
+        count = 2 if kind == "lstm" else 1
+        start, weights = operands[:count], operands[count:count + 4]
+        lengths = operands[count + 4] if len(operands) > count + 4 else torch.full((x.shape[1],), len(x))
+        found = [x.new_zeros(*x.shape[:2], start[0].shape[1]) for _ in range(count)]
+        for b in range(x.shape[1]):
+            states = tuple(state[b:b + 1] for state in start)
+            for t in reversed(range(len(x))) if reverse else range(len(x)):
+                if t < lengths[b]:
+                    new = getattr(torch, f"{kind}_cell")(x[t, b:b + 1], states if count == 2 else states[0], *weights)
+                    states = new if count == 2 else (new,)
+                for steps, state in zip(found, states, strict=True):
+                    steps[t, b] = state[0]
+        return tuple(found) if count == 2 else found[0]
+
+    return run_layer
+
+
+def recurrence_by_autograd(r: Tensor, weight: Tensor, gates: Tensor, cells: Tensor | None = None,
+                           keep: Tensor | None = None, read: Tensor | None = None, direct: Tensor | None = None,
+                           into: Tensor | None = None, hold: Tensor | None = None, reverse: bool = False) -> Any:
+    """The linear recursion forward in time, and torch's gradients of what it gives with respect to what was put in."""
+    seeds, steps, rows, size = r.shape
+    put_h, put_c = (torch.zeros_like(r).requires_grad_() for _ in range(2))
+    h0, c0 = (r.new_zeros(seeds, rows, size).requires_grad_() for _ in range(2))
+    h, c, total = h0, c0, r.new_zeros(())
+    for t in reversed(range(steps)) if reverse else range(steps):
+        u = ((h if into is None else h * into[t]) @ weight.T).split(size, -1)
+        parts = zip(u, gates[t].split(size, -1), strict=False)
+        c = put_c[:, t] + sum(one * gate for one, gate in parts) + (0 if keep is None else c * keep[t])
+        h = put_h[:, t] + (c if read is None else c * read[t]) + (0 if direct is None else u[-1] * direct[t]) + (
+            0 if hold is None else h * hold[t])
+        total = total + (r[:, t] * h).sum() + (0 if cells is None else (cells[:, t] * c).sum())
+    return torch.autograd.grad(total, (put_h, put_c, h0, c0), materialize_grads=True)
+
+
+for _kind, _gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+    _attrs = {"activation": "relu"} if _kind == "rnn_relu" else {}
+    _states = 2 if _kind == "lstm" else 1
+    _layer = (rand(5, 3, 2), *(rand(3, 4) for _ in range(_states)), rand(_gates * 4, 2), rand(_gates * 4, 4))
+    _biases, _lengths = (rand(_gates * 4), rand(_gates * 4)), torch.tensor([3, 5, 1])
+    for _reverse in (False, True):
+        _expected = torch_recurrent(_kind, _reverse)
+        for _operands in (_layer, (*_layer, *_biases), (*_layer, *_biases, _lengths)):
+            case(_kind.partition("_")[0], *_operands, expected=_expected, reverse=_reverse, **_attrs)
+R, COEFFICIENT = rand(2, 5, 3, 4), (lambda: 0.5 * rand(5, 3, 4))
+for _reverse in (False, True):
+    _expected = partial(recurrence_by_autograd, reverse=_reverse)
+    case("recurrence_adjoint", R, 0.5 * rand(4, 4), COEFFICIENT(), expected=_expected, reverse=_reverse)
+    case("recurrence_adjoint", R, 0.3 * rand(16, 4), 0.5 * rand(5, 3, 12), rand(2, 5, 3, 4), *(
+        COEFFICIENT() for _ in range(4)), rand(5, 3, 1), expected=_expected, reverse=_reverse)
+
 # --- linear maps -------------------------------------------------------------------------------------
 
 case("linear", rand(2, 3, 4), rand(5, 4), rand(5), expected=F.linear)
@@ -344,6 +401,23 @@ for _shape in SHAPES:
         for _kind in ("avg", "max"):
             case(f"adaptive_{_kind}_pool", rand(*_shape), size=_size, expected=partial(
                 getattr(F, f"adaptive_{_kind}_pool{_rank}d"), output_size=_size))
+    for _size in ((9, 4, 3), (1, 8, 6), (5, 7, 4), _shape[2:]):
+        _smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}[_rank]
+        for _mode, _torch in (("nearest", "nearest"), ("nearest_exact", "nearest-exact"), ("linear", _smooth)):
+            case("interpolate", rand(*_shape), size=_size[:_rank], mode=_mode,
+                 expected=partial(F.interpolate, size=_size[:_rank], mode=_torch))
+        case("interpolate", rand(*_shape), size=_size[:_rank], mode="linear", align_corners=True,
+             expected=partial(F.interpolate, size=_size[:_rank], mode=_smooth, align_corners=True))
+for _size, _corners, _wide in itertools.product(((9, 4), (1, 8), (5, 7)), (False, True), (False, True)):
+    for _mode, _torch in (("linear", "bilinear"), ("cubic", "bicubic")):
+        case("interpolate", rand(2, 3, 7, 6), size=_size, mode=_mode, align_corners=_corners, antialias=_wide,
+             expected=partial(F.interpolate, size=_size, mode=_torch, align_corners=_corners, antialias=_wide))
+for _scales in ((2.0, 0.5), (1.3, 1.7), (1.1, 1.05)):
+    _size = tuple(math.floor(n * scale) for n, scale in zip((7, 6), _scales, strict=True))
+    for _mode, _torch in (("nearest", "nearest"), ("nearest_exact", "nearest-exact"), ("linear", "bilinear"),
+                          ("cubic", "bicubic")):
+        case("interpolate", rand(2, 3, 7, 6), size=_size, mode=_mode, scales=_scales,
+             expected=partial(F.interpolate, scale_factor=_scales, mode=_torch))
 case("max_pool", -rand(1, 2, 5).abs(), kernel=(3,), stride=(2,), padding=(1,), dilation=(1,),
      expected=lambda x: F.max_pool1d(x, 3, 2, 1))
 
@@ -538,6 +612,10 @@ for _shape in SHAPES:
     for _pooled in ((1, 1, 1), (4, 3, 2), (7, 2, 3)):
         adjoint("adaptive_avg_pool", rand(*_shape), of={"size": _pooled[:_rank]}, size=_shape[2:])
         adjoint("adaptive_max_pool", rand(*_shape), of={"size": _pooled[:_rank]}, back=lambda r, x, y: (r, x, y))
+for _all in ({"mode": "nearest"}, {"mode": "nearest_exact"}, {"mode": "linear"}, {"mode": "cubic"},
+             {"mode": "linear", "align_corners": True}, {"mode": "cubic", "antialias": True},
+             {"mode": "cubic", "align_corners": True, "absolute": True}):
+    adjoint("interpolate", rand(2, 3, 7, 5), of={"size": (4, 9), **_all}, size=(7, 5), **_all)
 for _stop, _step in ((6, 1), (5, 2), (7, 3)):
     adjoint("slice", rand(2, 7), of={"dim": 1, "start": 1, "stop": _stop, "step": _step},
             dim=2, start=1, stop=_stop, step=_step, size=7)

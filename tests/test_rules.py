@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dlbc.composite import Composite, _fits
+from dlbc.composite import Composite, _fits, completed
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Rule, Section, Type, Value, Weight
 from dlbc.ir.interpreter import interpret
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.lower import Lower, expand
-from dlbc.passes.pair import FINAL, Pair
-from dlbc.passes.rules import RULES, load_rules
+from dlbc.passes.outputs import FINAL
+from dlbc.passes.pair import Pair
+from dlbc.passes.rules import RULES, load_rules, parse_rule
 from dlbc.passes.rules.activations import STEPS, UNARY
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -132,6 +133,12 @@ def _linear_maps() -> Iterator[Case]:
     yield case("avg_pool", normal(1, 1, 3, 2, 2), kernel=(2, 2, 1), stride=(1, 1, 1), padding=(0, 0, 0))
     yield case("adaptive_avg_pool", normal(2, 2, 5, 4), size=(2, 3))
     yield case("adaptive_avg_pool", normal(1, 2, 5), size=(1,))
+    yield case("interpolate", normal(2, 2, 3, 4), size=(6, 4), mode="nearest", scales=(2.0, 1.0))
+    yield case("interpolate", normal(2, 1, 4), size=(7,), mode="nearest_exact")
+    yield case("interpolate", normal(1, 2, 3, 2), size=(5, 3), mode="linear")
+    yield case("interpolate", normal(1, 1, 3, 2, 2), size=(2, 4, 3), mode="linear", align_corners=True)
+    yield case("interpolate", normal(1, 2, 5, 4), size=(7, 3), mode="cubic")  # weights of both signs
+    yield case("interpolate", normal(1, 1, 6, 4), size=(3, 2), mode="cubic", antialias=True)
     for name in ("mean", "sum"):
         yield case(name, normal(2, 3, 4), dims=(1,))
         yield case(name, normal(2, 3, 4), dims=(-1, 0))
@@ -290,18 +297,48 @@ def _attention() -> Iterator[Case]:
     yield case("attention", *qkv(), scale=0.7, carried=(2,))
 
 
+def _recurrent() -> Iterator[Case]:
+    for name, gates in (("lstm", 4), ("gru", 3), ("rnn", 1)):
+        states = 2 if name == "lstm" else 1
+        whole = tuple(range(1 + states))
+
+        def layer(steps: int, rows: int, inputs: int, size: int, biases: bool = True, *, gates: int = gates,
+                  states: int = states) -> tuple[Array, ...]:
+            weights = normal(gates * size, inputs), normal(gates * size, size)
+            return (normal(steps, rows, inputs), *(normal(rows, size) for _ in range(states)), *weights,
+                    *(normal(gates * size) for _ in range(2 * biases)))
+
+        yield case(name, *layer(4, 2, 3, 2), carried=whole)
+        yield case(name, *layer(3, 1, 2, 3, False), reverse=True, carried=whole)
+        yield case(name, *layer(4, 3, 2, 2), np.array([2, 4, 1]), carried=whole)
+        yield case(name, *layer(4, 2, 2, 2, False), None, None, np.array([4, 2]), reverse=True, carried=whole)
+        yield case(name, *layer(1, 2, 3, 2), carried=(0,))
+        yield case(name, *layer(3, 2, 3, 2), carried=(states,))
+    yield case("rnn", *layer(4, 2, 3, 2), activation="relu", carried=(0, 1))
+    yield case("rnn", np.zeros((3, 1, 2)), np.zeros((1, 2)), normal(2, 2), normal(2, 2), activation="relu")
+
+
 CASES: dict[str, list[Case]] = {}
-for _cases in (_linear_maps, _elementwise, _selections, _moves, _norms, _attention):
+for _cases in (_linear_maps, _elementwise, _selections, _moves, _norms, _attention, _recurrent):
     for _case in _cases():
         CASES.setdefault(_case.op, []).append(_case)
 load_rules()
 PAIRS = sorted(RULES)
 
 
+OTHER: dict[str, tuple[str, ...]] = {
+    "absolute": ("absolute(-0.8, 0.8)", "absolute(low=0)", "absolute(high=1)"),
+    "contrastive": ("contrastive(-0.8, 0.8)", "contrastive(low=0)"),
+    "alpha_beta": ("alpha_beta(1, 0)", "alpha_beta(3.5, 2.5)"), "gamma": ("gamma(0)", "gamma(3)"),
+    "zbox": ("zbox(-2, 2)", "zbox(-3, 2.5)")}
+"""Rules with parameters unlike their defaults."""
+
+
 def fitting(name: str, rule: str) -> list[tuple[Case, Rule]]:
-    """The cases that a rule may meet, with its parameters as they are and, for epsilon, large."""
+    """The cases that a rule may meet, with its parameters as they are, others and, for epsilon, a large one."""
     params = tuple(RULES[name, rule].params.items())
-    rules = [Rule(rule, params), *([Rule(rule, (("eps", 0.3),))] if ("eps", 1e-6) in params else [])]
+    rules = [Rule(rule, params), *([Rule(rule, (("eps", 0.3),))] if ("eps", 1e-9) in params else []),
+             *(completed(name, parse_rule(text)) for text in OTHER.get(rule, ()) if params)]
     return [(one, chosen) for one in CASES.get(name, ()) for chosen in rules
             if _fits(next(one.graph()[0].forward.ops), chosen, len(one.carried) == 1)]
 
@@ -317,7 +354,10 @@ def test_a_rule_equals_its_formula(name: str, rule: str) -> None:
             composite = Composite([(name, chosen), ("neg", "identity"), ("move", "move")])
             paired = Pair(rules=composite).run(graph)
             y = graph.forward.results[0]
-            seed = np.random.default_rng(number).normal(size=(3 if number % 2 else 1, *map(int, y.type.shape)))  # type: ignore[arg-type]
+            streams = RULES[name, rule].streams
+            count = streams * (3 if number % 2 else 1)
+            seed = np.random.default_rng(number).normal(size=(count, *map(int, y.type.shape)))  # type: ignore[arg-type]
+            seed = np.abs(seed) if streams > 1 else seed  # two relevances that are never negative
             found = interpret(
                 EliminateDead().run(Lower().run(paired)), inputs, weights, {f"R.{y.name}": seed}
             ).relevance

@@ -386,6 +386,21 @@ def test_conservation_is_on_the_page_once_computed() -> None:
     assert "does not add up" in page([off])
 
 
+def test_the_conservation_table_has_the_largest_absorbers_first_and_the_sum_last() -> None:
+    rows = [LedgerRow("a", "linear", 1.0, 0.9, {"bias": 0.1}, "epsilon(1e-9)"), LedgerRow("b", "reshape", 0.9, 0.9),
+            LedgerRow("c", "softmax", 0.9, 0.4, {"bias": -0.1, "rule": 0.5}, "taylor")]
+    one = text([0.4], ["x"], ledger_source=lambda: Ledger.of(rows, seed=1.0, inputs={"input_ids": 0.4}))
+    one.conservation()
+    table = page([one]).partition("<table>")[2].partition("</table>")[0]
+    assert re.findall(r"<th scope=\"col\">(\w+)</th>", table) == [
+        "place", "operation", "rule", "in", "out", "rule", "bias", "residual"]
+    lines = [re.findall(r"<td>(.*?)</td>", row) for row in table.partition("<tbody>")[2].split("<tr>")[1:]]
+    assert [line[:3] for line in lines] == [["c", "softmax", "taylor"], ["a", "linear", "epsilon(1e-9)"],
+                                            ["b", "reshape", ""], ["sum", "", ""]]
+    assert lines[0][3:] == ["0.9", "0.4", "0.5", "−0.1", "1.0e-01"] and lines[1][-1] == ""
+    assert lines[3][3:] == ["1", "0.4", "0.5", "0", "1.0e-01"]
+
+
 def test_a_report_compares(tmp_path: Path) -> None:
     first, second = text([1.0], ["a"], rules="attnlrp"), text([-1.0], ["a"], rules="cp-lrp")
     path = report([first, second], "two presets", tmp_path / "compare.html")

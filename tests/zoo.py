@@ -489,6 +489,75 @@ def unet_small() -> Case:
     return vectors(randomise(UNet(), 1.4), 3, 16, 16)
 
 
+@case(CNNS)
+def resampling() -> Case:
+    """Interpolation of every mode, by factors and to sizes; cubic weights are of both signs."""
+
+    class Resampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.silu(self.stem(x))
+            ways = (("bicubic", {"scale_factor": 1.5}), ("bilinear", {"size": 9, "align_corners": True}),
+                    ("nearest-exact", {"size": (7, 5)}), ("bilinear", {"size": 6, "antialias": True}))
+            for mode, options in ways:
+                h = torch.tanh(F.interpolate(h, mode=mode, **options))
+            return self.head(F.interpolate(h.flatten(2), 8, mode="linear").mean(-1))
+
+    return vectors(randomise(Resampled(), 1.4), 3, 10, 8)
+
+
+@case(CNNS)
+def instance_norm() -> Case:
+    """Instance norms: affine, plain and by running statistics."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.InstanceNorm2d(6),
+        nn.ReLU(), nn.Conv2d(6, 6, 3), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    return vectors(randomise(model, 1.4), 3, 12, 12)
+
+
+@case(CNNS)
+def folded_patches() -> Case:
+    """Overlapping patches taken out, mapped and added up again."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(27, 18), nn.Linear(2 * 81, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = F.unfold(x, 3, padding=1, stride=2)
+            mapped = F.gelu(self.inner(patches.mT)).mT
+            return self.head(F.fold(mapped, (9, 9), 3, padding=1, stride=2).flatten(1))
+
+    return vectors(randomise(Patches(), 1.4), 3, 9, 9)
+
+
+@case(TABULAR)
+def embedding_bags() -> Case:
+    """Bags of ids, summed, averaged and maximised, padding left out."""
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total, self.mean, self.most = (nn.EmbeddingBag(20, 6, mode=mode, padding_idx=0)
+                                                for mode in ("sum", "mean", "max"))
+            self.head = nn.Sequential(nn.Linear(18, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.head(torch.cat([self.total(words), self.mean(words), self.most(words)], 1))
+
+    words = ids(2, 6, 20)
+    words[0, 4:] = 0
+    model = randomise(Bags(), 1.4)
+    for bag in (model.total, model.mean, model.most):
+        nn.init.normal_(bag.weight, 0, 0.5)
+    return Case(model, (words,), other=[((ids(3, 4, 20),), {}), ((ids(4, 9, 20),), {})])
+
+
 def _pooling(name: str, pool: nn.Module, features: int, size: int = 11) -> None:
     def build() -> Case:
         model = nn.Sequential(
@@ -1645,6 +1714,109 @@ def recurrent_by_hand() -> Case:
             return self.head(state)
 
     return vectors(randomise(Cell()), 5, 6)
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+
+class _Recurrent(nn.Module):
+    """A recurrent layer, its last output and its last state, and a head."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(layer.hidden_size * (1 + layer.bidirectional), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.layer(x)
+        h = state[0] if isinstance(state, tuple) else state
+        last = y[:, -1] if self.layer.batch_first else y[-1]
+        return self.head(last) + h[-1][:, :3]
+
+
+@case(STRUCTURE)
+def lstm() -> Case:
+    return sequences(randomise(_Recurrent(nn.LSTM(5, 6, batch_first=True)), gain=1.5), 5)
+
+
+@case(STRUCTURE)
+def gru() -> Case:
+    return sequences(randomise(_Recurrent(nn.GRU(5, 6, batch_first=True)), gain=1.5), 5)
+
+
+@case(STRUCTURE)
+def rnn() -> Case:
+    return sequences(randomise(_Recurrent(nn.RNN(5, 6, nonlinearity="relu", bias=False, batch_first=True))), 5)
+
+
+@case(STRUCTURE)
+def lstm_steps_first() -> Case:
+    """Inputs [T, B, I]: a batch axis that is not the first."""
+    others = [((torch.randn(length, batch, 5),), {}) for batch, length in ((1, 3), (3, 9))]
+    return Case(randomise(_Recurrent(nn.LSTM(5, 6, 2)), gain=1.5), (torch.randn(6, 2, 5),), other=others)
+
+
+@case(ENCODERS)
+def lstm_bidirectional() -> Case:
+    """Two layers, two directions: a classifier of sequences of numbers."""
+    return sequences(randomise(_Recurrent(nn.LSTM(5, 6, 2, batch_first=True, bidirectional=True)), gain=1.5), 5)
+
+
+class _LSTMText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(VOCAB, HIDDEN), nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(HIDDEN, 4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        _, (h, _) = self.layer(self.embed(input_ids))
+        return self.head(h[-1])
+
+
+@case(ENCODERS)
+def lstm_text() -> Case:
+    """The text classifier of every tutorial: embedding, LSTM, head on its last state."""
+    return texts(randomise(_LSTMText(), gain=1.5), masked=False)
+
+
+class _GRUPacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(VOCAB, 12), nn.GRU(12, 8, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        lengths = attention_mask.sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(input_ids), lengths, batch_first=True, enforce_sorted=False)
+        y, _ = nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)
+        return self.head(y.sum(1) / lengths[:, None])
+
+
+@case(ENCODERS)
+def gru_packed() -> Case:
+    """Packed sequences: rows of several lengths, the mean over the tokens that each has."""
+    others: list[Inputs] = [((), padded(lengths)) for lengths in ((5,), (11, 11, 11), (4, 9, 6))]
+    return Case(randomise(_GRUPacked(), gain=1.5), kwargs=padded((7, 4)), other=others)
+
+
+@case(STRUCTURE)
+def lstm_cells() -> Case:
+    """nn.LSTMCell in a loop of the model's own, with a state that the model learned."""
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.LSTMCell(5, 6), nn.Linear(6, 3)
+            self.start = nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = c = self.start.expand(x.shape[0], 6)
+            for step in range(4):
+                h, c = self.cell(x[:, step], (h, c))
+            return self.head(h)
+
+    return vectors(randomise(Cells(), gain=1.5), 4, 5)
 
 
 @case(STRUCTURE, seed=1)

@@ -52,6 +52,8 @@ def text(
         "--target", "-t", help="A token or a class: its text or its number; `text:5` is the token 5. "
                                "Default: what the model predicts.")] = None,
     against: Against = None,
+    sinks: Annotated[str, typer.Option("--sinks", help="`apart`: relevance of the first token, where attention is "
+                                                       "parked, on a line of its own. Default: keep.")] = "keep",
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
     tolerance: Tolerance = 1e-4,
@@ -70,7 +72,7 @@ def text(
     inputs = loaded.inputs(given)
     explainer = How(rules, backend, fallback, cache).compile(loaded.model, inputs)
     with working("explaining"):
-        explanation = explainer(target=chosen, **as_keywords(inputs)).with_tokens(loaded.tokenizer)
+        explanation = explainer(target=chosen, sinks=sinks, **as_keywords(inputs)).with_tokens(loaded.tokenizer)
     if not loaded.causal and loaded.labels:
         explanation = explanation.with_labels(loaded.labels)
     _predictions(explanation, loaded)

@@ -75,14 +75,23 @@ class Output:
             self._check(explanation, out)
 
     def _check(self, explanation: Explanation, out: Console) -> None:
+        from rich.console import Console
+
         ledger = explanation.conservation()
-        out.print(f"conservation: {ledger.summary()}", markup=False, highlight=False, soft_wrap=True)
+        plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+        said = f"conservation: {ledger.summary()}"
         if ledger.closes(self.tolerance):
+            out.print(f"{said}, closes to {self.tolerance:g}", style="green", **plain)
             return
-        for row in ledger.leaks(self.tolerance)[:8]:
-            typer.echo(f"  {row.place or 'model'}: {row.op} <{row.rule}> leaves {row.residual:.3g}", err=True)
-        typer.echo(f"dlbc: error: conservation does not close to {self.tolerance:g}: {ledger.residual:.3g} of "
-                   f"{ledger.seed:.3g} is unaccounted for", err=True)
+        out.print(said, **plain)
+        leaks, error = ledger.leaks(self.tolerance), Console(stderr=True)
+        for row in leaks[:5]:
+            error.print(f"  {row}", style="red", **plain)
+        if len(leaks) > 5:
+            error.print(f"  … and {len(leaks) - 5} more operations", style="red", **plain)
+        where = f", {len(leaks)} operations do not balance" if leaks else ""
+        error.print(f"dlbc: error: conservation does not close to {self.tolerance:g}: {ledger.residual:.3g} of "
+                    f"{ledger.seed:.3g} is unaccounted for{where}", style="bold red", **plain)
         raise typer.Exit(1)
 
 

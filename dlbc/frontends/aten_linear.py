@@ -284,10 +284,13 @@ def batch_norm(at: Tracer, x: Operand, weight: Operand, bias: Operand, mean: Ope
 
 
 def _by_own_statistics(at: Tracer, x: Operand, weight: Operand, bias: Operand, eps: float) -> Operand:
-    rank = type_of(x).rank
-    axes = tuple(d for d in range(rank) if d != 1)
-    centred = at.sub(x, at.mean(x, dims=axes, keepdim=True))
-    y = at.mul(centred, at.rsqrt(at.add(at.var(x, dims=axes, keepdim=True), eps)))
+    """Each channel as one row of a layer norm, so that the rules of norms apply."""
+    shape = type_of(x).shape
+    rank = len(shape)
+    order = (1, 0, *range(2, rank))
+    rows = at.reshape(at.permute(x, dims=order), shape=(shape[1], product((shape[0], *shape[2:]))))
+    y = at.reshape(at.layer_norm(rows, eps=eps), shape=tuple(shape[d] for d in order))
+    y = at.permute(y, dims=order)
     y = y if weight is None else at.mul(y, _per_channel(at, weight, rank))
     return y if bias is None else at.add(y, _per_channel(at, bias, rank))
 
@@ -406,16 +409,5 @@ def _four(at: Tracer, x: Operand, lead: tuple[Dim, ...]) -> Operand:
     return at.reshape(x, shape=(product(batch), product(heads), *shape[-2:]))
 
 
-UNSUPPORTED.update(dict.fromkeys(
-    ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "_thnn_fused_lstm_cell", "quantized_lstm",
-     "_pack_padded_sequence", "_pad_packed_sequence"),
-    "recurrent layers are not supported yet; a cell of linear layers and activations written out is"))
-UNSUPPORTED.update(dict.fromkeys(
-    ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
-     "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-     "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
-    "interpolation is not supported yet; use a transposed convolution, or repeat_interleave for nearest"))
 UNSUPPORTED.update(dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "affine_grid_generator"),
                                  "grid sampling is not supported yet"))
-UNSUPPORTED.update(dict.fromkeys(("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"),
-                                 "use nn.Embedding and a sum or mean instead"))

@@ -323,6 +323,25 @@ def im2col(at: Tracer, x: Operand, kernel_size: Sequence[int], dilation: Sequenc
     return at.viewed(x, at.shape)
 
 
+@aten("col2im")
+def col2im(at: Tracer, x: Operand, output_size: Sizes, kernel_size: Sequence[int], dilation: Sequence[int],
+           padding: Sequence[int], stride: Sequence[int]) -> Operand:
+    """Columns added up as the sliding blocks of a picture: a transposed convolution that puts each number in place."""
+    single = type_of(x).rank == 2
+    batch, rows, _ = (1, *type_of(x).shape) if single else type_of(x).shape
+    elements = kernel_size[0] * kernel_size[1]
+    counts = [(output_size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+              for i in range(2)]
+    spare = tuple(output_size[i] - ((counts[i] - 1) * stride[i] - 2 * padding[i]
+                                    + dilation[i] * (kernel_size[i] - 1) + 1) for i in range(2))
+    own = at.eq(at.reshape(at.arange(stop=elements), shape=(elements, 1)), at.arange(stop=elements))
+    weight = at.reshape(at.cast(own, dtype=type_of(x).dtype), shape=(elements, 1, *kernel_size))
+    blocks = at.reshape(x, shape=(batch * (rows // elements), elements, *counts))
+    y = at.conv_transpose2d(blocks, weight, stride=tuple(stride), padding=tuple(padding), output_padding=spare,
+                            dilation=tuple(dilation))
+    return at.viewed(y, at.shape)
+
+
 @aten("pixel_shuffle")
 def pixel_shuffle(at: Tracer, x: Operand, upscale_factor: int) -> Operand:
     """Channels laid out as finer pixels."""

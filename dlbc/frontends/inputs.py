@@ -193,7 +193,7 @@ def input_spec(signature: Signature, bound: Mapping[str, Any], injected: Collect
 def value_name(path: str, taken: Collection[str]) -> str:
     """An input's name as a value name: word characters and dots, unlike a size and unlike a relevance value."""
     name = re.sub(r"[^\w.]", "_", path)
-    if re.fullmatch(r"[A-Z]|s\d+", name) or re.match(r"[RM]\.", name) or not re.match(r"[A-Za-z_]", name):
+    if re.fullmatch(r"[A-Z]|s\d+", name) or re.match(r"(R|M|ref)\.", name) or not re.match(r"[A-Za-z_]", name):
         name = f"in_{name}"
     while name in taken:
         name += "_"

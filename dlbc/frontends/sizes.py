@@ -59,8 +59,19 @@ class Sizes:
         if kind in ("CeilToInt", "FloorToInt", "TruncToInt", "floor", "ceiling") and _is_quotient(size.args[0]):
             above, below = (self.dim(arg) for arg in size.args[0].args)
             return -(-above // below) if kind in ("CeilToInt", "ceiling") else above // below
+        if kind in ("FloorToInt", "TruncToInt", "floor") and (found := self._scaled(size.args[0])) is not None:
+            return found
         parts = [self.dim(arg) for arg in size.args]
         return _combined(kind, parts, size)
+
+    def _scaled(self, product: Any) -> Dim | None:
+        """The whole part of a size times a factor such as 1.5, whose product float64 has exactly; None for others."""
+        numbers = [arg for arg in product.args if arg.is_number]
+        if type(product).__name__ != "Mul" or len(numbers) != 1:
+            return None
+        above, below = float(numbers[0]).as_integer_ratio()
+        rest = reduce(lambda a, b: a * b, (self.dim(arg) for arg in product.args if not arg.is_number), _one())
+        return rest * above // below if 0 < above < 2 ** 16 and below < 2 ** 16 else None
 
     def condition(self, guard: Any) -> str:
         """A comparison of sizes as text. ExportError for what is none."""

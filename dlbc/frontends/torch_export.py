@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ from dlbc.frontends.inputs import (
     value_name,
 )
 from dlbc.frontends.quiet import evaluating, quiet
+from dlbc.frontends.recurrent_capture import recurrent_layers
 from dlbc.frontends.sizes import Sizes
 from dlbc.frontends.translate import Translation, unknown, weight_operand
 from dlbc.ir.core import Graph, Operand, Section, Type, Value, Weight
@@ -127,7 +128,8 @@ class _Capture:
         for name, own in axes.items():
             shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)
         spec = shapes.dynamic_shapes(self.model, args, kwargs) if axes else None
-        program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
+        with recurrent_layers(self.model):
+            program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
         return _functional(program)
 
     def call(self, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
@@ -185,7 +187,7 @@ class _Capture:
                 met = holds(condition, {sizes.names[str(symbols_of[key])]: size for key, size in own.items()})
             except DlbcError:
                 condition, met = str(asked), False
-            if not met:
+            if not met or _pins(asked, condition, {sizes.names[symbol] for symbol in inside}):
                 found |= dict.fromkeys(own, f"the capture holds for sizes with {condition} only")
             elif condition not in sizes.conditions:
                 sizes.conditions.append(condition)
@@ -229,7 +231,9 @@ class _Capture:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                runs = (self.model(*args, **kwargs), program.module(check_guards=False)(*args, **kwargs))
+                with recurrent_layers(self.model):
+                    own = self.model(*args, **kwargs)
+                runs = (own, program.module(check_guards=False)(*args, **kwargs))
         except Exception as problem:
             log.debug("the model fails for size 1: %s", brief(problem))
             return False
@@ -249,6 +253,13 @@ class _Capture:
         slots = {path: slot.name for name, value in self.signature.bind(args, kwargs).items()
                  for path, slot in _slots(value, name)}
         return {path: slots[path] for path in self.named}
+
+
+def _pins(guard: Any, condition: str, names: Collection[str]) -> bool:
+    """Whether a condition leaves a size no choice, as `T*T == 25`."""
+    if getattr(guard, "rel_op", "") != "==" or len(names) != 1:
+        return False
+    return sum(holds(condition, dict.fromkeys(names, size)) for size in range(1, 1024)) <= 1
 
 
 @dataclass(frozen=True)

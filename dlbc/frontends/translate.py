@@ -19,7 +19,8 @@ from dlbc.frontends.sizes import DTYPES, Sizes
 from dlbc.ir.core import Location, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Sym
 
-FAMILIES = ("aten_elementwise", "aten_create", "aten_reduce", "aten_linear", "aten_moves", "aten_index")
+FAMILIES = ("aten_elementwise", "aten_create", "aten_reduce", "aten_linear", "aten_interpolate", "aten_embedding",
+            "aten_moves", "aten_index", "aten_recurrent")
 
 E = TypeVar("E")
 Known: TypeAlias = "Operand | tuple[Operand, ...] | fx.GraphModule"
@@ -28,6 +29,8 @@ _TORCH = str(PurePath(torch.__file__).parent)
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
            "sym_constrain_range_for_size", "_functional_assert_async", "_functional_assert_scalar"}
 _SIZES = {"sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "sym_is_contiguous"}
+_SECOND = {"lstm": ".cells"}
+"""What the second of two results is called, where it is not the indices of the first."""
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "hints_wrapper": 0}
 """Higher-order operators that only wrap a region, with the number of their arguments before the region."""
 
@@ -139,8 +142,15 @@ class Translation:
     def _known(self, node: fx.Node) -> Any:
         found = self.known[node]
         if found is None and node.meta.get("val") is not None and not isinstance(node.meta["val"], torch.SymBool):
-            raise UnsupportedOpError(f"`{node}` is used, a result that is not supported",
-                                     where=self.at.origin, hint="the indices of a max pool, for instance")
+            source = node.args[0] if node.target is operator.getitem else node
+            target = source.target if isinstance(source, fx.Node) else None
+            name = f"aten.{_names(target)[1]}" if isinstance(target, torch._ops.OpOverload) else str(node)
+            if "max_pool" in name:
+                raise UnsupportedOpError(f"the indices of `{name}` are used, which is not supported",
+                                         where=self.at.origin,
+                                         hint="in place of unpooling use interpolation or a transposed convolution")
+            raise UnsupportedOpError(f"a further result of `{name}` is used, which is not supported",
+                                     where=self.at.origin, hint="write this part of the model with other operators")
         return found
 
     def _item(self, node: fx.Node) -> Known:
@@ -200,7 +210,7 @@ class Translation:
         for op, call in kept:
             stem = self._stem(op, last[call] is op)
             for i, value in enumerate(op.results):
-                suffix = "" if i == 0 else ".indices" if len(op.results) == 2 else f".{i}"
+                suffix = "" if i == 0 else _SECOND.get(op.name, ".indices") if len(op.results) == 2 else f".{i}"
                 renamed[value.name] = Value(namer.name(stem + suffix), value.type)
             operands = tuple(renamed.get(o.name, o) if isinstance(o, Value) else o for o in op.operands)
             ops.append(replace(op, operands=operands, results=tuple(renamed[v.name] for v in op.results)))
@@ -250,7 +260,7 @@ def _entry(target: torch._ops.OpOverload, table: Mapping[str, E]) -> E | None:
     for family in FAMILIES:
         import_module(f"dlbc.frontends.{family}")
     namespace, packet = _names(target)
-    if namespace != "aten":
+    if namespace not in ("aten", "dlbc"):
         return None
     own = table.get(f"{packet}.{target._overloadname}")
     return table.get(packet) if own is None else own

@@ -16,6 +16,7 @@ Sigils of the text form: `%` value, `@` weight, function or kernel, `#` place in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -89,6 +90,19 @@ class Rule:
 
     name: str
     params: tuple[tuple[str, Attr], ...] = ()
+
+    def __str__(self) -> str:
+        """As users write it: `epsilon(1e-09)`, `gamma(gamma=0.25,eps=1e-09)`; bounds at infinity are left out."""
+        named = len(self.params) > 1
+        params = ",".join((f"{name}=" if named else "") + _shown(value) for name, value in self.params
+                          if not (isinstance(value, float) and math.isinf(value)))
+        return f"{self.name}({params})" if params else self.name
+
+
+def _shown(value: Attr) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ class Sym:
 
     def __floordiv__(self, other: int | Sym) -> int | Sym:
         exact = _exact_quotient(self, other)
+        exact = _rounded_up_quotient(self, other) if exact is None else exact
         return exact if exact is not None else _atom(Call("floordiv", self, other))
 
     def __rfloordiv__(self, other: int) -> int | Sym:
@@ -191,6 +192,14 @@ def _exact_quotient(left: Sym, right: int | Sym) -> int | Sym | None:
             return None
         quotient.append((tuple(rest), own // coefficient))
     return _polynomial(quotient)
+
+
+def _rounded_up_quotient(left: Sym, right: int | Sym) -> int | Sym | None:
+    """q for `(q*d + d - 1) // d` with d positive: how many steps of d lie in q*d numbers."""
+    if len(_terms(right)) != 1 or _terms(right)[0][1] <= 0:
+        return None
+    spare = left - (right - 1)
+    return _exact_quotient(spare, right) if isinstance(spare, Sym) else 0 if spare == 0 else None
 
 
 def _extremum(name: str, left: int | Sym, right: int | Sym, of: Callable[[int, int], int]) -> int | Sym:

@@ -44,8 +44,12 @@ class Run:
 
 
 def interpret(graph: Graph, inputs: Mapping[str, ArrayLike], weights: Mapping[str, ArrayLike],
-              seeds: Mapping[str, ArrayLike] | None = None, *, expand: Expand | None = None) -> Run:
+              seeds: Mapping[str, ArrayLike] | None = None, *, saved: Mapping[str, ArrayLike] | None = None,
+              expand: Expand | None = None) -> Run:
     """Run a graph of any level; without `seeds` the relevance section is left out.
+
+    `saved`: what a backend's own forward saved for relevance, by value name: the forward section is not run, and
+    `outputs` is empty. So relevance is compared apart from the forward, whose rounding decides what a kink does.
 
     `inputs` and `seeds` are keyed by the names of the sections' parameters, `weights` by weight name.
     `expand` turns a `rel.*` op (level 2) into primitive ops that define its results. Raises InputError
@@ -63,13 +67,28 @@ def interpret(graph: Graph, inputs: Mapping[str, ArrayLike], weights: Mapping[st
             raise InputError(f"no array is given for `{param}`", hint=f"the graph takes {_names(params)}")
         values[param.name] = stored(given[param.name], param.type.dtype)
     sizes = bind(params, values, {})
+    if saved is not None:
+        _give(graph, saved, values, sizes)
+    skipped = {"relevance"} if seeds is None else {"forward"} if saved is not None else set()
     with np.errstate(all="ignore"):
         for name, section in graph.sections():
-            if name != "relevance" or seeds is not None:
+            if name not in skipped:
                 machine.run(section.body, values, sizes)
     relevance = graph.relevance.results if graph.relevance is not None and seeds is not None else ()
-    return Run(sizes, values, tuple(values[v.name] for v in graph.forward.results),
+    results = () if "forward" in skipped else graph.forward.results
+    return Run(sizes, values, tuple(values[v.name] for v in results),
                tuple(values[v.name] for v in relevance))
+
+
+def _give(graph: Graph, saved: Mapping[str, ArrayLike], values: dict[str, Array], sizes: Mapping[str, int]) -> None:
+    """Put in what relevance reads of the forward section."""
+    for value in graph.forward.saves:
+        if value.name not in saved and value.name not in values:
+            raise InputError(f"no array is given for the saved `{value}`",
+                             hint=f"relevance reads {_names(graph.forward.saves)}")
+        if value.name in saved:
+            values[value.name] = stored(saved[value.name], value.type.dtype)
+            _check(f"the saved {value}", value.type, values[value.name], sizes, InputError)
 
 
 def stored(array: ArrayLike, dtype: str) -> Array:

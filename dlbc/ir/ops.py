@@ -42,6 +42,10 @@ class OpDef:
 
 OPS: dict[str, OpDef] = {}
 
+STABILISER = 1e-9
+"""What keeps denominators away from 0 unless a rule says otherwise: below what float32 resolves in sums of numbers
+around 1, so that it decides next to nothing. With the literature's 1e-6, rounding decides how much it takes."""
+
 
 def op(name: str, *, elementwise: bool = False) -> Callable[[Infer], Infer]:
     """Register the decorated type inference as the op `name`."""
@@ -262,13 +266,13 @@ def cast(x: Type, *, dtype: str) -> Type:
 
 
 @op("stabilise", elementwise=True)
-def stabilise(x: Type, *, eps: float = 1e-6) -> Type:
+def stabilise(x: Type, *, eps: float = STABILISER) -> Type:
     """`x + eps * sign(x)` with sign(0) = +1: a denominator that is never 0."""
     return x
 
 
 @op("damp", elementwise=True)
-def damp(m: Type, y: Type, *, eps: float = 1e-6) -> Type:
+def damp(m: Type, y: Type, *, eps: float = STABILISER) -> Type:
     """`m |y| / (|y| + eps)`: what a stabilised division by y leaves of a multiplier m of y."""
     return Type(m.dtype, broadcast(m.shape, y.shape))
 
@@ -551,6 +555,36 @@ def adaptive_max_pool_adjoint(r: Type, x: Type, y: Type) -> Type:
     return Type(r.dtype, (r.shape[0], *x.shape))
 
 
+@op("interpolate")
+def interpolate(x: Type, *, size: tuple[Dim, ...], mode: str, align_corners: bool = False,
+                scales: tuple[float, ...] | None = None, antialias: bool = False,
+                absolute: bool = False) -> Type:
+    """x [..., *spatial] resampled to `size`, axis by axis; mode "nearest", "nearest_exact", "linear" or "cubic".
+
+    As torch's `interpolate`: `scales` are the user's factors, used in place of the ratio of sizes. `absolute`: with
+    absolute weights; those of "cubic" are of both signs.
+    """
+    _resampling(x, size, mode, align_corners or antialias, scales)
+    return Type(x.dtype, (*x.shape[:-len(size)], *size))
+
+
+@op("interpolate_adjoint")
+def interpolate_adjoint(r: Type, *, size: tuple[Dim, ...], mode: str, align_corners: bool = False,
+                        scales: tuple[float, ...] | None = None, antialias: bool = False,
+                        absolute: bool = False) -> Type:
+    """The adjoint of interpolate: `size` is the spatial size before it."""
+    _resampling(r, size, mode, align_corners or antialias, scales)
+    return Type(r.dtype, (*r.shape[:-len(size)], *size))
+
+
+def _resampling(x: Type, size: tuple[Dim, ...], mode: str, smooth: bool,
+                scales: tuple[float, ...] | None) -> None:
+    require(mode in ("nearest", "nearest_exact", "linear", "cubic"), f"no interpolation `{mode}`")
+    require(not (smooth and "nearest" in mode), f"`{mode}` aligns no corners and knows no antialiasing")
+    require(len(size) < x.rank, f"{len(size)} spatial axes for rank {x.rank}")
+    require(scales is None or len(scales) == len(size), f"{scales} for {len(size)} axes")
+
+
 def _windows(x: Type, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
              dilation: tuple[int, ...], ceil_mode: bool) -> tuple[Dim, ...]:
     rank = len(kernel)
@@ -616,6 +650,65 @@ def attention_weights(q: Type, k: Type, mask: Type | None = None, *, scale: floa
                       window: int | None = None, softcap: float | None = None) -> Type:
     """The softmax of `attention`: [B,H,T,U], 0 where masked."""
     return Type(promote(q, k), (*q.shape[:-1], k.shape[-2]))
+
+
+# --- recurrent layers --------------------------------------------------------------------------------
+
+@op("lstm")
+def lstm(x: Type, h0: Type, c0: Type, w_ih: Type, w_hh: Type, b_ih: Type | None = None, b_hh: Type | None = None,
+         lengths: Type | None = None, *, reverse: bool = False) -> tuple[Type, Type]:
+    """h and c after each step, [T,B,H] each, of x [T,B,I] and the states before, h0 and c0 [B,H].
+
+    `a = w_ih x + b_ih + w_hh h + b_hh`, cut into i, f, g, o; `c' = sigmoid(f) c + sigmoid(i) tanh(g)`,
+    `h' = sigmoid(o) tanh(c')`. `reverse`: from the last step to the first. Past step lengths[b] row b keeps its states.
+    """
+    _recurrent(x, h0, w_ih, w_hh, 4)
+    state = Type(x.dtype, (*x.shape[:2], h0.shape[1]))
+    return state, state
+
+
+@op("gru")
+def gru(x: Type, h0: Type, w_ih: Type, w_hh: Type, b_ih: Type | None = None, b_hh: Type | None = None,
+        lengths: Type | None = None, *, reverse: bool = False) -> Type:
+    """h after each step, [T,B,H]; operands as of `lstm`.
+
+    `a = w_ih x + b_ih` and `u = w_hh h + b_hh`, each cut into r, z, n; `r, z = sigmoid(a + u)`,
+    `n = tanh(a_n + r u_n)`, `h' = (1 - z) n + z h`.
+    """
+    _recurrent(x, h0, w_ih, w_hh, 3)
+    return Type(x.dtype, (*x.shape[:2], h0.shape[1]))
+
+
+@op("rnn")
+def rnn(x: Type, h0: Type, w_ih: Type, w_hh: Type, b_ih: Type | None = None, b_hh: Type | None = None,
+        lengths: Type | None = None, *, activation: str = "tanh", reverse: bool = False) -> Type:
+    """h after each step, [T,B,H]: `h' = activation(w_ih x + b_ih + w_hh h + b_hh)`; operands as of `lstm`."""
+    require(activation in ("tanh", "relu"), f"rnn has no activation `{activation}`")
+    _recurrent(x, h0, w_ih, w_hh, 1)
+    return Type(x.dtype, (*x.shape[:2], h0.shape[1]))
+
+
+def _recurrent(x: Type, h0: Type, w_ih: Type, w_hh: Type, gates: int) -> None:
+    require(x.rank == 3 and h0.rank == 2, "x is [T,B,I] and h0 [B,H]")
+    require(w_ih.shape == (gates * h0.shape[1], x.shape[2]) and w_hh.shape == (gates * h0.shape[1], h0.shape[1]),
+            f"weights {w_ih} and {w_hh} for inputs {x} and states {h0}")
+
+
+@op("recurrence_adjoint")
+def recurrence_adjoint(r: Type, weight: Type, gates: Type, cells: Type | None = None, keep: Type | None = None,
+                       read: Type | None = None, direct: Type | None = None, into: Type | None = None,
+                       hold: Type | None = None, *, reverse: bool = False) -> tuple[Type, Type, Type, Type]:
+    """Relevance carried back through the steps of a recurrent layer, from the last to the first.
+
+    A state h reads a memory c (of GRU and RNN: h itself). r and cells [S,T,B,H]: what comes in at each; all else
+    [T,B,...] says how much goes on. At each step `h = r + h_back`, `c = cells + c_back + h read`; to the step before,
+    `h_back = ([c gates, h direct] weight) into + h hold` and `c_back = c keep`. Left out, `cells`, `keep`, `direct` and
+    `hold` are 0, `read` and `into` 1. gates [T,B,G*H], one part for each gate that c goes to; weight [G*H (+ H), H].
+    Results: h and c of every step, and h_back and c_back [S,B,H] of the states before the first.
+    """
+    require(r.rank == 4 and gates.shape[:2] == r.shape[1:3], f"relevance {r} for gates {gates}")
+    before = Type(r.dtype, (r.shape[0], r.shape[2], weight.shape[1]))
+    return r, r, before, before
 
 
 # --- moves -------------------------------------------------------------------------------------------

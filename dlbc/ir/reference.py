@@ -15,9 +15,10 @@ import numpy as np
 
 from dlbc.ir.ops import axes
 from dlbc.ir.reference_layers import LAYERS, Array, Dims, Index, safe_div
+from dlbc.ir.reference_recurrent import RECURRENT
 
 Pair: TypeAlias = "tuple[Array, Array]"
-Function: TypeAlias = "Callable[..., Array | Pair]"
+Function: TypeAlias = "Callable[..., Array | tuple[Array, ...]]"
 
 # --- elementwise -------------------------------------------------------------------------------------
 
@@ -363,6 +364,6 @@ MOVES: dict[str, Function] = {
 }
 
 REFERENCE: dict[str, Function] = {
-    **ELEMENTWISE, "full": full, "arange": arange, **REDUCTIONS, **LAYERS, **MOVES,
+    **ELEMENTWISE, "full": full, "arange": arange, **REDUCTIONS, **LAYERS, **RECURRENT, **MOVES,
 }
 """The function of every op in the catalogue, by the op's name."""

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dlbc.ir.reference_interpolate import interpolate, interpolate_adjoint
+
 Array: TypeAlias = "NDArray[Any]"
 Dims: TypeAlias = "tuple[int, ...]"
 Index: TypeAlias = "tuple[Any, ...]"
@@ -334,6 +336,7 @@ LAYERS: dict[str, Callable[..., Array | tuple[Array, Array]]] = {
     "avg_pool_adjoint": avg_pool_adjoint, "adaptive_avg_pool": adaptive_avg_pool,
     "adaptive_avg_pool_adjoint": adaptive_avg_pool_adjoint, "adaptive_max_pool": adaptive_max_pool,
     "adaptive_max_pool_adjoint": adaptive_max_pool_adjoint,
+    "interpolate": interpolate, "interpolate_adjoint": interpolate_adjoint,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm,
     "row_statistics": row_statistics, "attention": attention, "attention_weights": attention_weights,
 }

@@ -16,6 +16,7 @@ from dlbc.ir.dims import Sym
 from dlbc.ir.ops import definition
 
 _LISTS = {"tuple[int, ...]": "a list of integers", "tuple[Dim, ...]": "a list of sizes",
+          "tuple[float, ...]": "a list of numbers",
           "tuple[tuple[Dim, Dim], ...]": "a list of pairs of sizes"}
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string",
           "Dim": "a size", "Sym": "a size", "None": "none", **_LISTS}

@@ -20,7 +20,7 @@ CONSTANTS: dict[str, float | bool | None] = {
 """Words that are literals, and so cannot name a dimension."""
 
 RULE_PARAMETERS: dict[str, tuple[str, ...]] = {
-    "": ("eps",), "epsilon": ("eps",), "gamma": ("gamma",), "alpha_beta": ("alpha", "beta"),
+    "": ("eps",), "epsilon": ("eps",), "gamma": ("gamma", "eps"), "alpha_beta": ("alpha", "beta"),
     "absolute": ("low", "high"), "zbox": ("low", "high")}
 """Names of the parameters that the text gives by position: `<epsilon(1e-06)>` is `eps=1e-06`."""
 

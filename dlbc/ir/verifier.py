@@ -178,6 +178,10 @@ class _Verifier:
                 continue
             form, _, name = seed.name.partition(".")
             explained = self.forward_types.get(name)
+            if form == "ref" and explained is not None and self.graph.attrs.get("reference"):
+                self.expect(seed.type, explained, f"%{seed.name}", "relevance", f"%{seed.name}", f"%{seed.name}")
+                self.define(seed, scope, f"%{seed.name}")
+                continue
             if explained is None or form not in ("R", "M"):
                 self.fail(f"the seed %{seed.name} belongs to no output", "relevance", f"%{seed.name}",
                           hint=nearest(seed.name, [f"R.{value.name}" for value in self.graph.forward.results], "%")
@@ -300,6 +304,8 @@ class _Verifier:
                 self.incoming(operand, explained, op, scope)
             wanted = 1 if op.name != "rel.sum" else len(op.operands) or 1
             reads = tuple(value.name for value in op.reads if isinstance(value, Value))
+            if reads == (op.of, f"ref.{op.of}") and self.graph.attrs.get("reference"):
+                reads = (op.of,)  # what is converted is relevance of the difference
             if len(op.operands) != wanted or reads != (() if op.name == "rel.sum" else (op.of,)):
                 self.fail(f"`{op.name}` reads other than its kind", scope.name, op, op.name,
                           f"it is `{op.name}(%a, %b) of %{op.of}`" if op.name == "rel.sum" else

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from dlbc.ir.core import Graph, Section, Weight, values
 from dlbc.passes import Pass, register
+from dlbc.passes.differences import with_references
 from dlbc.passes.rewrite import live, with_saves
 
 
@@ -21,9 +22,10 @@ class EliminateDead(Pass):
         """The graph without dead ops, saves, weights and locations."""
         if graph.relevance is not None:
             body = live(graph.relevance.ops, graph.relevance.results)
-            graph = with_saves(replace(graph, relevance=replace(graph.relevance, body=body)))
+            graph = with_references(with_saves(replace(graph, relevance=replace(graph.relevance, body=body))))
         relevance, forward = graph.relevance, graph.forward
         forward = replace(forward, body=live(forward.ops, (*forward.results, *forward.saves)))
+        relevance = _unpaired(relevance, forward) if relevance is not None else None
         prepare = _prepared(graph.prepare, [forward] + ([relevance] if relevance else []))
         graph = replace(graph, prepare=prepare, forward=forward, relevance=relevance)
         ops = [op for _, section in graph.sections() for op in section.ops]
@@ -34,6 +36,14 @@ class EliminateDead(Pass):
         return replace(graph,
                        weights={n: w for n, w in graph.weights.items() if n in weights},
                        locations={p: at for p, at in graph.locations.items() if p in places})
+
+
+def _unpaired(relevance: Section, forward: Section) -> Section:
+    """Without the pairing with forward values that are gone: primitives need none, `rel.*` ops keep theirs alive."""
+    known = {p.name for p in forward.params} | {r.name for op in forward.ops for r in op.results}
+    return replace(relevance, body=tuple(
+        replace(op, of="") if op.of and op.of not in known and not op.name.startswith("rel.") else op
+        for op in relevance.ops))
 
 
 def _prepared(prepare: Section, readers: list[Section]) -> Section:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from dlbc.errors import IRError, RuleError
 from dlbc.ir.core import Graph, Op, Rule, Value, values
 from dlbc.passes.carriers import MOVES, carriers, data_operands
+from dlbc.passes.differences import difference_facts, expand_difference
 from dlbc.passes.rules import RULES, Contributions, Expansion, Facts, load_rules, seeded
+from dlbc.passes.signs import nonnegative
 
 
 def facts(graph: Graph) -> Facts:
     """What rules may know of a graph."""
-    return Facts(carriers(graph), _softmaxes(graph))
+    return difference_facts(graph, Facts(carriers(graph), _softmaxes(graph), nonnegative=nonnegative(graph)))
 
 
 def _softmaxes(graph: Graph) -> set[str]:
@@ -23,15 +26,23 @@ def _softmaxes(graph: Graph) -> set[str]:
     return found
 
 
-def expand_rule(op: Op, rule: Rule, incoming: Sequence[Value | None], known: Facts, taken: Iterable[str]
+def expand_rule(op: Op, rule: Rule, incoming: Sequence[Value | None], known: Facts, taken: Iterable[str], form: str
                 ) -> tuple[Expansion, Contributions]:
-    """The primitives of a rule for a forward op (in the builder), and its contribution to each operand."""
+    """The primitives of a rule for a forward op (in the builder), and its contribution to each operand.
+
+    `form`: what comes in, multipliers "M" or relevance "R".
+    """
     load_rules()
     if (op.name, rule.name) not in RULES:
         named = ", ".join(sorted(name for kind, name in RULES if kind == op.name))
         raise RuleError(f"`{op.name}` has no rule `{rule.name}`", where=f"#{op.place}", hint=f"it has {named}")
-    at = Expansion(taken, known, place=op.place, of=op.result.name)
-    contributed = RULES[op.name, rule.name].expand(at, op, *incoming, **dict(rule.params))
+    if known.reference:
+        # A multiplier that a ReLU lets back is not 0 where the input is negative and the reference is not.
+        at = Expansion(taken, replace(known, rectified=set()), place=op.place, of=op.result.name, form=form)
+        contributed = expand_difference(at, op, rule, incoming)
+    else:
+        at = Expansion(taken, known, place=op.place, of=op.result.name, form=form)
+        contributed = RULES[op.name, rule.name].expand(at, op, *incoming, **dict(rule.params))
     if len(contributed) != len(op.operands):
         raise IRError(f"rule `{rule.name}` of `{op.name}` gives {len(contributed)} contributions for "
                       f"{len(op.operands)} operands", where=f"#{op.place}")

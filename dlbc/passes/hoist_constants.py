@@ -20,12 +20,26 @@ class HoistConstants(Pass):
     So Gemma's `1 + weight`, GPT-2's transposed weights or a table of frequencies are not computed in every
     call, and no number of the model is copied into the text. `arange(T)` stays. Bare creation ops stay
     too, unless what moves needs them.
+
+    `relevance`: the constants of a lowered relevance section as well, such as |W|. They then take memory between calls,
+    as much as the weights they are made of.
     """
 
     name: ClassVar[str] = "hoist_constants"
+    relevance: bool = False
 
     def run(self, graph: Graph) -> Graph:
         """The graph with constants in `prepare`."""
+        graph = self._forward(graph)
+        section = graph.relevance
+        if not self.relevance or section is None or any(op.name.startswith("rel.") for op in section.ops):
+            return graph
+        swapped = self._forward(replace(graph, forward=section, relevance=graph.forward))
+        prepared = tuple(replace(op, of="") for op in swapped.prepare.ops)
+        return replace(swapped, prepare=replace(swapped.prepare, body=prepared), forward=graph.forward,
+                       relevance=swapped.forward)
+
+    def _forward(self, graph: Graph) -> Graph:
         constant = {r.name for op in graph.prepare.ops for r in op.results}
         returned = {v.name for v in graph.forward.results}
         moved: dict[str, Op] = {}

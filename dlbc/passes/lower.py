@@ -9,10 +9,13 @@ from typing import ClassVar
 from dlbc.errors import IRError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Value
+from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
+from dlbc.passes.differences import remainder_cause, with_references
 from dlbc.passes.expand import expand_rule, facts
 from dlbc.passes.rewrite import live, names, substitute_op, with_saves
 from dlbc.passes.rules import RULES, SEEDS, Expansion, load_rules
+from dlbc.passes.signs import rectifies
 
 Entry = tuple[str, str, str, str, str]
 """Place, op kind, forward value, side or cause (`in`, `out`, or a cause of absorption), rule."""
@@ -50,7 +53,7 @@ def expand(graph: Graph, op: Op) -> Sequence[Op]:
         new = replaced.get(result.name)
         if isinstance(new, Value):
             at.ops.append(Op("reshape", (new,), (result,), {"shape": result.type.shape}, op.place, of=op.of))
-    return at.ops
+    return live(at.ops, op.results)
 
 
 class _Lowering:
@@ -63,6 +66,9 @@ class _Lowering:
         self.facts = facts(graph)
         if graph.relevance is not None:
             self.facts.stabilised.update(op.result.name for op in graph.relevance.ops if op.name == "rel.to_multiplier")
+            self.facts.rectified.update(
+                op.result.name for op in graph.relevance.ops if op.rule is not None and op.result.name.startswith("M.")
+                and op.of in self.forward and rectifies(self.forward[op.of], op.rule))
         self.ops: list[Op] = []
         self.replaced: dict[str, Operand] = {}
         self.taken = names(graph)
@@ -78,8 +84,8 @@ class _Lowering:
         final = {r.name: new for r in section.results if isinstance(new := self.replaced.get(r.name), Value)}
         self._restore_names(final)
         results = (*section.results, *(value for _, value in self.entries))
-        graph = with_saves(replace(
-            self.graph, relevance=replace(section, body=live(self.ops, results), results=results)))
+        graph = with_references(with_saves(replace(
+            self.graph, relevance=replace(section, body=live(self.ops, results), results=results))))
         return graph.with_attrs(ledger=tuple(entry for entry, _ in self.entries)) if self.ledger else graph
 
     def step(self, op: Op) -> None:
@@ -90,6 +96,8 @@ class _Lowering:
         at = Expansion(self.taken, self.facts, place=op.place, of=op.of)
         if op.name == "rel.sum" and op.rule is None:  # with a rule it belongs to a forward `sum`
             results: list[Value] = [_total(at, op.operands)]
+        elif op.name == "rel.to_relevance" and at.varies(op.reads[0]):
+            results = [at.amount("M", op.operands[0], op.reads[0])]  # type: ignore[arg-type]
         elif op.name == "rel.to_relevance":
             value, defined = at.read(op.reads[0]), self.forward.get(op.of)
             masked = defined is not None and defined.name in ("add", "sub", "where")  # scores may be -inf there
@@ -104,8 +112,13 @@ class _Lowering:
 
     def _to_multiplier(self, at: Expansion, op: Op) -> Value:
         assert op.rule is not None
-        value, relevance = at.read(op.reads[0]), op.operands[0]
-        m = at.div(relevance, at.stabilise(value, eps=dict(op.rule.params)["eps"]))
+        value, relevance = op.reads[0], op.operands[0]
+        eps, varies = dict(op.rule.params)["eps"], at.varies(value)
+        value = at.difference(value) if varies else at.read(value)
+        if varies and isinstance(eps, float) and eps <= STABILISER:
+            m = at.safe_div(relevance, value)  # a difference may be small: what is stabilised is not conserved
+        else:
+            m = at.div(relevance, at.stabilise(value, eps=eps))
         self.facts.stabilised.add(m.name)
         if self.ledger:
             at.absorb("stabiliser", at.sub(relevance, at.mul(m, value)))
@@ -118,23 +131,23 @@ class _Lowering:
                           where=f"#{op.place}", hint="a relevance op needs a rule and `of %value`")
         forward = self.forward[op.of]
         incoming = [o if isinstance(o, Value) else None for o in op.operands]
-        at, contributed = expand_rule(forward, op.rule, incoming, self.facts, self.taken)
+        form = RULES[forward.name, op.rule.name].form
+        form = form if form != "any" else "M" if op.results[0].name.startswith("M.") else "R"
+        at, contributed = expand_rule(forward, op.rule, incoming, self.facts, self.taken, form)
         found = [v for v in contributed if v is not None]
         if len(found) != len(op.results):
             raise IRError(f"`{op.name}` has {len(op.results)} results, its rule gives {len(found)}",
                           where=f"#{op.place}")
+        if op.result.name in self.facts.rectified:
+            self.facts.rectified.add(found[0].name)
         if self.ledger:
-            form = RULES[forward.name, op.rule.name].form
-            form = form if form != "any" else "M" if op.results[0].name.startswith("M.") else "R"
             pairs = [(r, v) for r, v in zip(forward.results, incoming, strict=True) if v is not None]
             outs = [(o, v) for o, v in zip(forward.operands, contributed, strict=True) if v is not None]
             self._record(at, op, forward.name, [
-                *(("in", self._relevance(at, form, of, v)) for of, v in pairs),
-                *(("out", self._relevance(at, form, of, v)) for of, v in outs)])
+                *(("in", at.amount(form, v, of)) for of, v in pairs),
+                *(("out", at.amount(form, v, of)) for of, v in outs)],
+                remainder_cause(at, forward, op.rule.name) if self.facts.reference else None)
         return at, found
-
-    def _relevance(self, at: Expansion, form: str, of: Operand, value: Value) -> Value:
-        return at.mul(value, at.finite(at.read(of))) if form == "M" else value
 
     def _record_seed(self, seed: Value) -> None:
         """The relevance that the seed puts on the output: itself, or for a multiplier the output times it."""
@@ -142,16 +155,17 @@ class _Lowering:
         at = Expansion(self.taken, self.facts, of=name)
         value = next(v for v in (*self.graph.forward.params, *(r for op in self.forward.values() for r in op.results))
                      if v.name == name)
-        amount = self._relevance(at, form, value, seed)
+        amount = at.amount(form, seed, value)
         self._record(at, Op("seed", (), (), of=name), "seed", [("seed", amount), ("gross", at.abs(amount))])
         self.taken = at.taken
         self.ops += at.ops
 
-    def _record(self, at: Expansion, op: Op, kind: str, sides: Sequence[tuple[str, Value]]) -> None:
+    def _record(self, at: Expansion, op: Op, kind: str, sides: Sequence[tuple[str, Value]],
+                remainder: str | None = None) -> None:
         rule = op.rule.name if op.rule else ""
         totals = [(side, at.sum(value, dims=tuple(range(1, value.type.rank))) if value.type.rank > 1 else value)
                   for side, value in (*sides, *at.absorbed)]
-        remainder = _remainder_cause(kind, rule)
+        remainder = _remainder_cause(kind, rule) if remainder is None else remainder
         if remainder and sides:
             rest = at.full(shape=(SEEDS,), value=0.0, dtype="f32")
             for side, total in totals:

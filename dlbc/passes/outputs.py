@@ -5,6 +5,9 @@ from __future__ import annotations
 from dlbc.ir.core import Attr, Graph, Value
 from dlbc.passes.carriers import carriers
 
+FINAL = ("softmax", "log_softmax", "sigmoid")
+"""What may end a model: the value before it is explained."""
+
 
 def input_names(graph: Graph) -> dict[str, str]:
     """The user's name of each parameter of the forward section."""

@@ -17,18 +17,20 @@ from dlbc.composite import Composite, resolve
 from dlbc.errors import InputError, UnsupportedOpError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
+from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
 from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
+from dlbc.passes.differences import with_references
 from dlbc.passes.expand import expand_rule, facts
-from dlbc.passes.outputs import explainable_outputs, explained_output, input_names, output_names
+from dlbc.passes.outputs import FINAL, explainable_outputs, explained_output, input_names, output_names
 from dlbc.passes.rewrite import live, names
-from dlbc.passes.rules import RULES, Form, seeded
+from dlbc.passes.rules import RULES, Form, reference_of, seeded
+from dlbc.passes.signs import rectifies
+from dlbc.selectors import Sites
 
-STABILISER = 1e-6
 _WRITTEN_OUT = {
     "attention": "write the attention out: (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v",
     "linear": "write it as x @ weight.T + bias", "embedding": "write it as weight[ids]"}
-FINAL = ("softmax", "log_softmax", "sigmoid")
 
 
 @register
@@ -38,19 +40,23 @@ class Pair(Pass):
 
     `output`: the user's name of the output that is explained (default `logits`, else the first that carries
     relevance). `keep`: also return the relevance of inner places: "modules", "all", or a module-path glob.
+    `reference`: explain differences to a reference input, whose values are parameters `%ref.*` (`differences.py`).
     """
 
     name: ClassVar[str] = "pair"
     composite: str = "attnlrp"
     output: str = ""
     keep: str = "inputs"
+    reference: bool = False
     rules: Composite | None = field(default=None, repr=False, compare=False)
 
     def run(self, graph: Graph) -> Graph:
         """The graph with its relevance section."""
-        composite = self.rules or resolve(self.composite)
+        composite = (self.rules or resolve(self.composite)).fitted(graph, self.output)
         composite.check(graph)
-        return _Pairing(graph, composite, self.output, self.keep).run()
+        if self.reference:
+            graph = graph.with_attrs(reference="gradient" if composite.seed == "M" else "secant")
+        return with_references(_Pairing(graph, composite, self.output, self.keep).run())
 
 
 class _Pairing:
@@ -64,6 +70,7 @@ class _Pairing:
         self.contributions: dict[str, list[tuple[Form, Value]]] = {}
         self.uses = Counter(o.name for op in graph.forward.ops for o in values(data_operands(op)))
         self.output = self._explained_output(output)
+        self.sites = Sites.of(graph, output)
 
     def run(self) -> Graph:
         forward = self.graph.forward
@@ -91,7 +98,8 @@ class _Pairing:
         graph = graph.with_attrs(
             composite=self.composite.name, explained=tuple(named[p.name] for p in inputs),
             nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped,
-            seed=_meaning(seed, body))
+            seed=_meaning(seed, body), **({"reason": self.composite.reason} if self.composite.reason else {}),
+            **({"streams": self.composite.streams} if self.composite.streams > 1 else {}))
         saved = {v.name: v for op in body for v in values(op.reads)}
         defined = {p.name: p for p in forward.params} | {r.name: r for op in forward.ops for r in op.results}
         return replace(graph, forward=replace(
@@ -145,7 +153,7 @@ class _Pairing:
 
     def _pair(self, op: Op) -> None:
         self._check_constants(op)
-        rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op))
+        rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op), sites=self.sites)
         definition = RULES[op.name, rule.name]
         form = definition.form
         if form == "any":
@@ -153,7 +161,7 @@ class _Pairing:
             form = "M" if forms == {"M"} else "R"
         eps = dict(rule.params).get("eps", STABILISER)
         incoming = tuple(self._joined(r, form, eps) if r.name in self.contributions else None for r in op.results)
-        trial, contributed = expand_rule(op, rule, incoming, self.facts, self.at.taken)
+        trial, contributed = expand_rule(op, rule, incoming, self.facts, self.at.taken, form)
         targets = [(i, o) for i, o in enumerate(op.operands)
                    if contributed[i] is not None and isinstance(o, Value) and o.name in self.carriers]
         if not targets:
@@ -164,6 +172,8 @@ class _Pairing:
             results.append(Value(self.at.name(stem if self.uses[operand.name] == 1 else f"{stem}.0"),
                                  seeded(operand.type)))
             self.contributions.setdefault(operand.name, []).append((form, results[-1]))
+        if form == "M" and rectifies(op, rule):
+            self.facts.rectified.add(results[0].name)
         self.at.ops.append(Op(f"rel.{op.name}", incoming, tuple(results), {}, op.place, rule,
                               _reads(trial.ops, [contributed[i] for i, _ in targets], incoming), op.result.name))
 
@@ -208,7 +218,8 @@ class _Pairing:
             "rel.to_relevance", None)
         if form == "M":
             self.facts.stabilised.add(result.name)
-        self.at.ops.append(Op(name, (part,), (result,), {}, self._place(value), rule, (value,), value.name))
+        reads = (value, reference_of(value)) if value.name in self.facts.varying else (value,)
+        self.at.ops.append(Op(name, (part,), (result,), {}, self._place(value), rule, reads, value.name))
         return result
 
     def _place(self, value: Value) -> str:

@@ -18,7 +18,7 @@ _ZERO_TO_ZERO = frozenset({
     "reshape", "permute", "expand", "slice", "slice_adjoint", "select", "select_adjoint", "flip", "roll",
     "triangle", "gather", "take", "take_adjoint", "index", "index_adjoint", "sum", "mean", "cast", "neg", "abs",
     "relu", "avg_pool", "avg_pool_adjoint", "adaptive_avg_pool", "adaptive_avg_pool_adjoint", "max_pool_adjoint",
-    "adaptive_max_pool_adjoint", "cumsum",
+    "adaptive_max_pool_adjoint", "interpolate", "interpolate_adjoint", "cumsum",
 })
 """Ops that return zeros for a first operand of zeros, whatever else they read."""
 

@@ -17,6 +17,7 @@ from dlbc.ir.core import Graph, Op, Section, Type, Value, Weight
 from dlbc.ir.dims import symbol
 from dlbc.ir.ops import OPS
 from dlbc.passes import Pass, register
+from dlbc.passes.contrast import averageable
 from dlbc.passes.outputs import explained_output
 from dlbc.passes.rewrite import names
 
@@ -27,18 +28,22 @@ TARGETS = symbol("K")
 @dataclass(frozen=True)
 class SinkTargets(Pass):
     """Seed `%scores`, the output at `%targets`, where the explained output is a linear layer of `at_least`
-    rows, followed by nothing but elementwise ops with literals. `graph.attrs["scores"]` names it."""
+    rows, followed by nothing but elementwise ops with literals. `graph.attrs["scores"]` names it.
+
+    `contrast`: the mean of all outputs will be asked for, too; then those ops must commute with it.
+    """
 
     name: ClassVar[str] = "sink_targets"
     output: str = ""
     at_least: int = 4096
+    contrast: bool = False
 
     def run(self, graph: Graph) -> Graph:
         """The graph with `%targets` and `%scores`, or as it was where there is no such head."""
         output = explained_output(graph, self.output)
         found = _head(graph, output) if output is not None else None
         if output is None or found is None or not isinstance(output.type.shape[-1], int) \
-                or output.type.shape[-1] < self.at_least:
+                or output.type.shape[-1] < self.at_least or (self.contrast and not averageable(found[1])):
             return graph
         head, after = found
         x, weight, *bias = head.operands

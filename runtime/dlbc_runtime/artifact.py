@@ -24,6 +24,7 @@ from dlbc_runtime.arrays import Json
 from dlbc_runtime.errors import ArtifactError, InputError
 from dlbc_runtime.explanation_file import write_whole
 from dlbc_runtime.program import Manifest, Program, Variant, WeightSpec
+from dlbc_runtime.reference import Reference
 from dlbc_runtime.signature import dtype_name
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "dlbc-explainer", 1
 MANIFEST, CONSTANTS, WEIGHTS = "manifest.json", "constants.safetensors", "weights.safetensors"
+REFERENCE = "reference.safetensors"
 COMMON_LEVELS = ("exported", "canonical")
 """IR levels that all variants share: stored once, as `ir/<level>.dlir`."""
 
@@ -55,6 +57,7 @@ class Artifact:
     programs: Mapping[Variant, Program]
     recipe: Mapping[str, Json]
     stored: Mapping[str, bytes]
+    reference: Reference | None = None
 
     @property
     def backend(self) -> str:
@@ -101,7 +104,8 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, weights: Mapping[
     specs = weight_specs(program.manifest for program in artifact.programs.values())
     bound = match_weights(specs, {**artifact.tensors(), **(weights or {})}, artifact.backend, where,
                           hint="save it with weights=True, or give load the weights by name")
-    return Explainer(artifact.programs, bound, default=artifact.default, recipe=artifact.recipe)
+    return Explainer(artifact.programs, bound, default=artifact.default, recipe=artifact.recipe,
+                     reference=artifact.reference)
 
 
 def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Json] | None = None) -> bytes:
@@ -120,6 +124,9 @@ def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Jso
         entries[CONSTANTS] = _pack_tensors({n: numbers[n] for n in specs if n in constants})
     if weights:
         entries[WEIGHTS] = _pack_tensors({n: numbers[n] for n in specs if n not in constants})
+    reference = explainer.reference
+    if reference is not None and (arrays := dict(reference.arrays())):
+        entries[REFERENCE] = _pack_tensors(arrays)
     manifest: dict[str, Any] = {
         "format": FORMAT, "version": VERSION,
         "versions": {**explainer.manifest.versions, "python": platform.python_version(), "numpy": np.__version__,
@@ -129,6 +136,7 @@ def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Jso
         "default": next(f for f, (variant, _) in programs.items() if variant == explainer.default),
         "variants": {folder: {"variant": asdict(variant), "program": program.manifest.to_json(),
                               "levels": list(program.ir)} for folder, (variant, program) in programs.items()},
+        "reference": None if reference is None else reference.to_json(),
         "recipe": dict(explainer.recipe), "extra": dict(extra or {}),
         "entries": {name: {"sha256": _sha256(content), "size": len(content)} for name, content in entries.items()}}
     entries = {MANIFEST: json.dumps(manifest, indent=1, allow_nan=False).encode(), **entries}
@@ -233,7 +241,7 @@ def _entries(archive: zipfile.ZipFile, where: str) -> tuple[dict[str, Any], dict
 
 def _artifact(manifest: Mapping[str, Any], stored: Mapping[str, bytes], where: str) -> Artifact:
     programs: dict[str, tuple[Variant, Program]] = {}
-    left = set(stored) - {CONSTANTS, WEIGHTS}
+    left = set(stored) - {CONSTANTS, WEIGHTS, REFERENCE}
     for folder, entry in manifest["variants"].items():
         names = {level: f"ir/{level}.dlir" if level in COMMON_LEVELS else f"ir/{folder}/{level}.dlir"
                  for level in _texts(entry["levels"])}
@@ -254,7 +262,17 @@ def _artifact(manifest: Mapping[str, Any], stored: Mapping[str, bytes], where: s
     if not isinstance(recipe, dict):
         raise ValueError("recipe")
     return Artifact(where, programs[manifest["default"]][0], dict(programs.values()), recipe, {
-        name: content for name, content in stored.items() if name in (CONSTANTS, WEIGHTS)})
+        name: content for name, content in stored.items() if name in (CONSTANTS, WEIGHTS)},
+        _reference(manifest["reference"], stored, where))
+
+
+def _reference(data: Any, stored: Mapping[str, bytes], where: str) -> Reference | None:
+    """The reference of the explainer, its arrays from the file."""
+    arrays = _unpack_tensors(stored[REFERENCE], "numpy", where) if REFERENCE in stored else {}
+    found = None if data is None else Reference.from_json(data, arrays)
+    if set(arrays) != (set() if found is None else {name for name, _ in found.arrays()}):
+        raise ValueError("arrays of another reference")
+    return found
 
 
 def _is_plain(name: str) -> bool:

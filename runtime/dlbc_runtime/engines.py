@@ -21,6 +21,12 @@ class Engine(Protocol):
     def array(self, value: Array) -> Any:
         """A numpy array as this library's, on the explainer's device."""
 
+    def like(self, value: Array, other: Any) -> Any:
+        """A numpy array as this library's, of the element type and on the device of `other`."""
+
+    def rows(self, value: Any, count: int) -> Any:
+        """An array with axis 0 repeated to `count` where it is 1; nothing is copied."""
+
     def running(self) -> contextlib.AbstractContextManager[None]:
         """The context that generated code runs in."""
 
@@ -45,6 +51,14 @@ class NumpyEngine:
     def array(self, value: Array) -> Array:
         """The array itself."""
         return value
+
+    def like(self, value: Array, other: Any) -> Array:
+        """The array in the element type of `other`."""
+        return value.astype(other.dtype)
+
+    def rows(self, value: Any, count: int) -> Any:
+        """A view with its one row repeated."""
+        return value if value.shape[0] == count else np.broadcast_to(value, (count, *value.shape[1:]))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -87,6 +101,14 @@ class TorchEngine:
     def array(self, value: Array) -> Any:
         """The array as a tensor on the model's device."""
         return self.torch.from_numpy(np.ascontiguousarray(value)).to(self.device)
+
+    def like(self, value: Array, other: Any) -> Any:
+        """The array as a tensor of the element type and on the device of `other`."""
+        return self.torch.from_numpy(np.array(value, order="C")).to(device=other.device, dtype=other.dtype)
+
+    def rows(self, value: Any, count: int) -> Any:
+        """A view with its one row repeated."""
+        return value if value.shape[0] == count else value.expand(count, *value.shape[1:])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

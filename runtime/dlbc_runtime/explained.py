@@ -57,13 +57,16 @@ class Explained:
 
 @dataclass(frozen=True)
 class Method:
-    """How an explanation was made: model, backend, the seed's multiplier, seconds by stage, versions."""
+    """How an explanation was made: model, backend, the seed's multiplier, seconds by stage, versions, what the
+    relevance was multiplied with afterwards, and the reference that inputs were compared with ("": none)."""
 
     model: str = ""
     backend: str = ""
     multiplier: float = 1.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    scaler: float = 1.0
+    reference: str = ""
 
 
 @dataclass(frozen=True)

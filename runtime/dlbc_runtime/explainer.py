@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,21 @@ from dlbc_runtime.errors import ArtifactError, InputError
 from dlbc_runtime.explained import Explained, Method
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, ledger_of
-from dlbc_runtime.program import Manifest, Program, RuleRow, Variant
-from dlbc_runtime.seeds import dense_seeds, distinct_columns, sparse_seeds
+from dlbc_runtime.program import Manifest, Program, Rules, Variant
+from dlbc_runtime.reference import Reference
+from dlbc_runtime.references import (
+    AtReference,
+    ReferenceRuns,
+    at_reference,
+    differences_of,
+    reference_arguments,
+    reference_key,
+    reference_values,
+)
+from dlbc_runtime.seeds import dense_seeds, distinct_columns, sparse_seeds, with_rivals
 from dlbc_runtime.signature import RangeError, SizeError, dtype_name
+from dlbc_runtime.sinks import apart
+from dlbc_runtime.sinks import check as check_sinks
 from dlbc_runtime.target import Target, as_targets
 
 if TYPE_CHECKING:
@@ -42,6 +54,7 @@ class _Loaded:
     module: Any
     prepared: tuple[object, Any] = (None, ())
     lock: threading.Lock = field(default_factory=threading.Lock)
+    references: ReferenceRuns = field(default_factory=ReferenceRuns)
 
 
 class Explainer:
@@ -53,12 +66,14 @@ class Explainer:
 
     def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *,
                  default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
-                 draw: Draw | None = None, recipe: Mapping[str, Json] | None = None) -> None:
+                 draw: Draw | None = None, recipe: Mapping[str, Json] | None = None,
+                 reference: Reference | None = None) -> None:
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
         self._weights = dict(weights)
         self._build, self._recompile, self._draw = build, recompile, draw
         self._recipe = dict(recipe or {})
+        self._reference = reference
         self._engine: Engine = engine(self.manifest.backend, self._weights)
         self._loaded: dict[Variant, _Loaded] = {}
         self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
@@ -89,6 +104,11 @@ class Explainer:
         return dict(self._recipe)
 
     @property
+    def reference(self) -> Reference | None:
+        """What inputs are compared with where a call names nothing else; None: they are explained by themselves."""
+        return self._reference
+
+    @property
     def weights(self) -> Mapping[str, Any]:
         """The model's tensors that the programs read, by name. References, not copies."""
         return dict(self._weights)
@@ -112,9 +132,9 @@ class Explainer:
                                 hint="use dlbc.load, or read the text with explainer.ir()")
         return self._draw(self.ir(level))
 
-    def rules(self) -> tuple[RuleRow, ...]:
-        """Which rule explains which place, from the output back."""
-        return self.manifest.rules
+    def rules(self) -> Rules:
+        """Which rule explains which place, from the output back; and what `auto` chose, and why."""
+        return Rules(self.manifest.rules, self.manifest.composite, self.manifest.reason)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -123,51 +143,87 @@ class Explainer:
     # What it does
 
     def __call__(self, *args: Any, target: object = None, keep: str | None = None, multiplier: float = 100.0,
-                 output: str | None = None, positions: str = "explained", **kwargs: Any) -> Explanation:
+                 scaler: float = 1.0, output: str | None = None, positions: str = "explained",
+                 reference: object = None, sinks: str = "keep", **kwargs: Any) -> Explanation:
         """Explain the outputs for these inputs, given as to the model.
 
         `target`: None (what was predicted), an int, a `Target`, or a list of them (one explanation each from
         one forward pass). `keep`: also return relevance and activations of inner places: "modules", "all" or
-        a module-path glob. `multiplier` is the total relevance put on the output: with 100, read it as percent.
+        a module-path glob. `multiplier` is the total relevance put on the output: with 100, read it as percent;
+        `scaler` multiplies what is found.
         `output`: the name of the output to explain, where there are several. `positions="all"`: a language
-        model returns its logits at all positions, not only at the explained one.
+        model returns its logits at all positions, not only at the explained one. `reference`: what this call
+        compares the inputs with, where the explainer was compiled with a reference (`dlbc.Reference`).
+        `sinks="apart"`: relevance of each row's first token, where attention is parked, is `explanation.sinks` and no
+        part of `relevance`.
 
         InputError when inputs, target or options do not fit; an output or `keep` that is not there is an error of
         the compiler, IRError.
         """
-        if not isinstance(multiplier, int | float) or not math.isfinite(multiplier) or multiplier == 0:
-            raise InputError(f"multiplier is {multiplier!r}", hint="give a number that is finite and not 0")
+        for name, factor in (("multiplier", multiplier), ("scaler", scaler)):
+            if not isinstance(factor, int | float) or not math.isfinite(factor) or factor == 0:
+                raise InputError(f"{name} is {factor!r}", hint="give a number that is finite and not 0")
         if positions not in ("explained", "all"):
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
+        check_sinks(sinks)
+        compared = self._compared(reference)
         try:
             given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
         except SizeError as problem:
             other = self._for_these_sizes(args, kwargs, problem)
             if other is None:
                 raise
-            return other(*args, target=target, keep=keep, multiplier=multiplier, output=output, positions=positions,
-                         **kwargs)
+            return other(*args, target=target, keep=keep, multiplier=multiplier, scaler=scaler, output=output,
+                         positions=positions, sinks=sinks, reference=None if reference is None else compared, **kwargs)
+        self._check_bounds(given)
         targets, many = as_targets(target)
         if not self.manifest.sequence and any(one.position is not None for one in targets):
             raise InputError(f"a target has a position, but `{self.manifest.output}` has no sequence of them",
                              where="target", hint="leave `position` out")
+        if self.manifest.streams > 1:
+            check_contrastive(targets, multiplier)
         variant = replace(self._default, keep=keep or self._default.keep, output=output or self._default.output,
                           all_positions=positions == "all" or self._default.all_positions,
-                          dense=self._default.dense or any(one.kind == "tensor" for one in targets))
-        return _Call(self, variant, given, targets, many, multiplier).run()
+                          dense=self._default.dense or any(one.weighs for one in targets))
+        found = _Call(self, variant, given, targets, many, multiplier, scaler, compared).run()
+        return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """InputError where inputs lie beyond what the rules assume of them."""
+        if self.manifest.bounds:
+            self._check_bounds(self.manifest.inputs.bind(args, kwargs))
+
+    def _check_bounds(self, given: Mapping[str, Any]) -> None:
+        for bounds in self.manifest.bounds:
+            bounds.check(as_numpy(given[bounds.input]))
 
     def with_options(self, **options: Any) -> Explainer:
         """The same explainer with another default: `keep`, `output`, `all_positions`."""
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
-                         recompile=self._recompile, draw=self._draw, recipe=self._recipe)
+                         recompile=self._recompile, draw=self._draw, recipe=self._recipe,
+                         reference=self._reference)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """The compiled model alone: its outputs by name, and the positions [B, P] at which a sequence output is
         computed (None: at all)."""
         given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
         return _Call(self, self._default, given, *as_targets(None), 1.0).forward()
+
+    def _compared(self, reference: object) -> Reference | None:
+        """The reference of a call; InputError where there can be none, or where it does not fit the model's inputs."""
+        if not self.manifest.reference:
+            if reference is not None:
+                raise InputError("this explainer explains inputs by themselves, not their differences to a reference",
+                                 where="reference", hint="compile with reference=..., and name others in calls")
+            return None
+        found = self._reference if reference is None else Reference.of(reference)
+        if found is None:
+            raise InputError("there is nothing to compare the inputs with", where="reference",
+                             hint="give explainer(..., reference=...)")
+        found.by_input(self.manifest.inputs, self.manifest.explained)
+        return found
 
     def _load(self, variant: Variant) -> _Loaded:
         with self._lock:
@@ -241,6 +297,8 @@ class _Call:
     targets: tuple[Target, ...]
     many: bool
     multiplier: float
+    scaler: float = 1.0
+    reference: Reference | None = None
     state: object = None
 
     def run(self) -> Explanation:
@@ -252,25 +310,45 @@ class _Call:
             prepared = explainer._prepared(loaded)
             started = time.perf_counter()
             arguments, columns = self._with_positions(manifest)
+            compared = self._at_reference(loaded, prepared, arguments)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
+            results = own_results(manifest, results)
             outputs = dict(zip(manifest.outputs.names, results, strict=False))
-            seeds, explained = self._seeds(manifest, explained_value(manifest, results), columns)
+            seeds, explained = self._seeds(manifest, results, columns, compared)
             forwarded = time.perf_counter()
-            relevance = loaded.module.relevance(explainer._weights, prepared, state, *map(engine.array, seeds))
+            relevance = loaded.module.relevance(explainer._weights, prepared, state, *map(engine.array, seeds),
+                                                *self._values(manifest, compared))
             finished = time.perf_counter()
         if manifest.before:
             explainer._say_once(f"`{manifest.output}` ends in {manifest.before}: the value before it is explained")
         count = len(manifest.explained) + len(manifest.nodes)
         named = dict(zip((*manifest.explained, *manifest.nodes), relevance[:count], strict=True))
-        single = {name: value if self.many else value[0] for name, value in named.items()}
+        positive, negative = self._streams(manifest, named)
+        single = {name: self._found(value if not positive else positive[name] - negative[name])
+                  for name, value in named.items()}
         activations = dict(zip(manifest.nodes, results[len(manifest.outputs.names):], strict=False))
         return Explanation(
             outputs=Arrays(outputs), relevance=Arrays({n: single[n] for n in manifest.explained}),
             inputs=Arrays(self.inputs), target=explained,
             nodes=Arrays({n: single[n] for n in manifest.nodes}), activations=Arrays(activations),
             rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
+            positive=Arrays({n: self._found(positive[n]) for n in manifest.explained if positive}),
+            negative=Arrays({n: self._found(negative[n]) for n in manifest.explained if negative}),
             method=Method(manifest.model, manifest.backend, self.multiplier,
-                          {"forward": forwarded - started, "relevance": finished - forwarded}, manifest.versions))
+                          {"forward": forwarded - started, "relevance": finished - forwarded}, manifest.versions,
+                          self.scaler, str(self.reference or "")))
+
+    def _streams(self, manifest: Manifest, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of contrastive rules the relevance of targets and that of their rivals, [targets, ...]; of others nothing."""
+        if manifest.streams == 1:
+            return {}, {}
+        count = len(self.targets)
+        return {n: v[:count] for n, v in named.items()}, {n: v[count:] for n, v in named.items()}
+
+    def _found(self, value: Any) -> Any:
+        """Relevance [targets, ...] as it is returned: scaled, of one target without the first axis."""
+        value = value if self.scaler == 1 else value * self.scaler
+        return value if self.many else value[0]
 
     def forward(self) -> tuple[dict[str, Any], Any]:
         """The outputs alone, and the positions at which a sequence output is computed."""
@@ -292,13 +370,36 @@ class _Call:
         with engine.running():
             prepared = explainer._prepared(loaded)
             arguments, columns = self._with_positions(manifest)
+            compared = self._at_reference(loaded, prepared, arguments)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
-            seeds, _ = self._seeds(manifest, explained_value(manifest, results), columns)
+            seeds, _ = self._seeds(manifest, own_results(manifest, results), columns, compared)
             relevance = [as_numpy(r) for r in loaded.module.relevance(
-                explainer._weights, prepared, state, *map(engine.array, seeds))]
-        totals = [float(value.astype(np.float64).sum()) for value in relevance]
+                explainer._weights, prepared, state, *map(engine.array, seeds), *self._values(manifest, compared))]
+        totals = [float(value.astype(np.float64).sum()) * self.scaler for value in relevance]
         count = len(manifest.explained)
         return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
+
+    def _at_reference(self, loaded: _Loaded, prepared: Any, arguments: list[Any]) -> AtReference | None:
+        """The model at the reference, kept where it is the same for other inputs."""
+        manifest, engine, weights = loaded.program.manifest, self.explainer._engine, self.explainer._weights
+        if self.reference is None:
+            return None
+        reference, named = self.reference, {**self.inputs, **dict(zip(("positions",), arguments[len(self.inputs):],
+                                                                      strict=False))}
+
+        def run() -> AtReference:
+            given = reference_arguments(manifest, reference, named, engine)
+            results, _ = loaded.module.forward(weights, prepared, *given.values())
+            return at_reference(manifest, results, explained_value(manifest, own_results(manifest, results)))
+
+        return loaded.references.at(reference_key(manifest, reference, named, self.state), run)
+
+    def _values(self, manifest: Manifest, compared: AtReference | None) -> tuple[Any, ...]:
+        """The activations at the reference that relevance takes."""
+        if compared is None:
+            return ()
+        batch = next((int(self.inputs[name].shape[0]) for name in manifest.explained if self.inputs[name].ndim), 1)
+        return reference_values(manifest, compared, batch, self.explainer._engine)
 
     def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
@@ -322,28 +423,34 @@ class _Call:
         visible = mask != 0
         return length, (length - 1 - visible[:, ::-1].argmax(1)).astype(np.int64)
 
-    def _seeds(self, manifest: Manifest, output: Array, columns: Array | None
-               ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+    def _seeds(self, manifest: Manifest, results: tuple[Any, ...], columns: Array | None,
+               compared: AtReference | None = None) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
         """The relevance section's arguments, seeds times the multiplier and (sparse) targets; and their meaning."""
+        output, shown = explained_value(manifest, results), returned_value(manifest, results)
         batch = output.shape[0] if output.ndim else 1
         places = np.zeros((len(self.targets), batch), np.int64) if columns is None else (
             distinct_columns(columns)[1] if manifest.positions else columns)
-        if any(target.kind == "tensor" for target in self.targets):
-            return self._weightings(manifest, output, columns, places)
-        return self._numbers(manifest, output, columns, places)
+        found = self._weightings if any(target.weighs for target in self.targets) else self._numbers
+        if compared is not None:
+            plain = replace(manifest, seed="relevance", sparse=False)
+            seeds, explained = found(plain, output, shown, columns, places)
+            return (differences_of(seeds[0], output, compared.explained, signed=manifest.seed == "signed"),), explained
+        seeds, explained = found(manifest, output, shown, columns, places)
+        return (with_rivals(output, seeds[0], self.targets),) if manifest.streams > 1 else seeds, explained
 
-    def _numbers(self, manifest: Manifest, output: Array, columns: Array | None, places: Array
+    def _numbers(self, manifest: Manifest, output: Array, shown: Array, columns: Array | None, places: Array
                  ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
         """Seeds of single numbers of the output, those of each target at its place in each row."""
         rows = np.arange(places.shape[1])
         found = [target.seed(output if columns is None else output[rows, places[number]], manifest.output,
-                             None if columns is None else columns[number], number, signed=manifest.seed == "signed")
+                             None if columns is None else columns[number], number, signed=manifest.seed == "signed",
+                             shown=shown if columns is None else shown[rows, places[number]])
                  for number, target in enumerate(self.targets)]
         explained = tuple(one for seed in found for one in seed.explained)
         return (sparse_seeds if manifest.sparse else dense_seeds)(
             output, found, places, columns is not None, np.float32(self.multiplier)), explained
 
-    def _weightings(self, manifest: Manifest, output: Array, columns: Array | None, places: Array
+    def _weightings(self, manifest: Manifest, output: Array, shown: Array, columns: Array | None, places: Array
                     ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
         """Dense seeds, where a target weights the whole output: of a sequence, the position that it explains, or
         all of them where all are computed."""
@@ -352,23 +459,48 @@ class _Call:
         explained: list[Explained] = []
         for number, target in enumerate(self.targets):
             one = slice(number, number + 1)
-            if target.kind == "tensor" and (columns is None or not manifest.positions):
-                seeds[number], meaning = target.weighting(output, manifest.output, number)
+            if columns is not None and target.kind in ("mask", "box"):
+                raise InputError(f"output `{manifest.output}` is a sequence, and has neither pixels nor boxes",
+                                 where="target", hint="give Target.token(id, position)")
+            if target.weighs and (columns is None or not manifest.positions):
+                seeds[number], meaning = target.weighting(output, manifest.output, number, shown=shown,
+                                                          signed=manifest.seed == "signed")
                 explained += meaning
-            elif target.kind == "tensor":
+            elif target.weighs:
                 own_place = output[rows, places[number]][:, None]
                 weights, meaning = target.weighting(own_place, manifest.output, number)
                 seeds[number, rows, places[number]] = weights[:, 0]
                 explained += meaning
             else:
                 single = replace(self, targets=(target,))
-                own, meaning = single._numbers(replace(manifest, sparse=False), output,
+                own, meaning = single._numbers(replace(manifest, sparse=False), output, shown,
                                                None if columns is None else columns[one], places[one])
                 seeds[number] = own[0][0] / np.float32(self.multiplier)
                 explained += [replace(each, seed=number) for each in meaning]
         return (seeds * np.float32(self.multiplier),), tuple(explained)
 
 
+def check_contrastive(targets: Sequence[Target], multiplier: float) -> None:
+    """InputError where a target, or the multiplier, would make a contrastive relevance negative."""
+    if multiplier < 0:
+        raise InputError(f"multiplier is {multiplier!r}, and contrastive relevances cannot be negative",
+                         hint="give a positive number; scaler multiplies what is found")
+    for target in targets:
+        target.check_contrastive()
+
+
+def own_results(manifest: Manifest, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the forward returns of itself, without what only the relevance of differences takes."""
+    return results[:len(results) - len(manifest.references)]
+
+
+def returned_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
+    """The output as the model returns it."""
+    return as_numpy(results[manifest.outputs.names.index(manifest.output)])
+
+
 def explained_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
-    """The value that is explained: an output, or what went into its final softmax."""
-    return as_numpy(results[-1] if manifest.before else results[manifest.outputs.names.index(manifest.output)])
+    """The value that is explained: an output, or what went into its final softmax; minus its mean, where the rules
+    contrast it."""
+    value = as_numpy(results[-1]) if manifest.before else returned_value(manifest, results)
+    return value - value.mean(-1, keepdims=True) if manifest.contrast else value

@@ -40,6 +40,9 @@ class Explanation:
     Arrays are numpy; tensors given to the constructor (in a dict or `Arrays`) are converted on first access.
     `relevance` has the shape of each input; with `many_targets` a target axis comes first, there and in
     `nodes`. `target` has one entry per batch row, for many targets all rows of the first target first.
+    Contrastive rules carry two relevances, never negative: `positive` of the target, `negative` of its rivals, and
+    `relevance` (as `nodes`) is the first less the second. For other rules both are empty.
+    `sinks`: relevance of the first token of each row of an input, where it was taken apart: [rows], or [targets, rows].
     """
 
     outputs: Mapping[str, Array]
@@ -56,9 +59,12 @@ class Explanation:
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     images: tuple[Array, ...] | None = None
     omitted: tuple[str, ...] = ()
+    positive: Mapping[str, Array] = field(default_factory=dict)
+    negative: Mapping[str, Array] = field(default_factory=dict)
+    sinks: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for group in ("outputs", "relevance", "inputs", "nodes", "activations"):
+        for group in ("outputs", "relevance", "inputs", "nodes", "activations", "positive", "negative", "sinks"):
             if not isinstance(getattr(self, group), Arrays):
                 object.__setattr__(self, group, Arrays(getattr(self, group)))
         object.__setattr__(self, "target", tuple(self.target))
@@ -71,6 +77,11 @@ class Explanation:
                 axis = "[targets, *input shape]" if self.many_targets else "the shape of the input"
                 raise InputError(f"relevance has shape {list(shape)}, the input {list(input_shape)}",
                                  where=f"explanation of {name!r}", hint=f"relevance must have {axis}")
+        for name in self.sinks:
+            shape, whole = _shape(self.sinks, name), _shape(self.relevance, name) if name in self.relevance else ()
+            if shape != whole[:-1] or len(whole) != 2 + int(self.many_targets):
+                raise InputError(f"sinks have shape {list(shape)}, the relevance {list(whole)}",
+                                 where=f"explanation of {name!r}", hint="one number for each row and target")
 
     # What it is about
 
@@ -100,10 +111,24 @@ class Explanation:
         """One batch row of one input; None when the explanation does not hold that input."""
         return self._row(self.inputs[input], row) if input in self.inputs else None
 
+    def sink_of(self, input: str, row: int = 0, seed: int = 0) -> tuple[int, float] | None:
+        """The first token's position in a row and its relevance, where that was taken apart; None where it was not."""
+        from dlbc_runtime.sinks import first_visible
+
+        if input not in self.sinks or input not in self.inputs:
+            return None
+        of_rows = self.sinks[input][seed] if self.many_targets else self.sinks[input]
+        return int(first_visible(self.inputs, input)[row]), float(of_rows[row])
+
     def _row(self, array: Array, row: int) -> Array:
         # An input that no batch goes through (one image, a vector) is all of its only row.
         batched = array.ndim > 0 and array.shape[0] == self.rows
         return np.asarray(array[row]) if batched else array
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether relevance is that of the target less that of its rivals."""
+        return bool(self.positive)
 
     # Questions
 

@@ -22,7 +22,8 @@ from dlbc_runtime.explanation import Explanation, known
 from dlbc_runtime.ledger import Ledger, number_from_json, number_to_json
 
 FORMAT, VERSION = "dlbc-explanation", 1
-GROUPS = ("inputs", "relevance", "outputs", "nodes", "activations")
+GROUPS = ("inputs", "relevance", "outputs", "nodes", "activations", "positive", "negative", "sinks")
+ALWAYS = ("inputs", "relevance", "positive", "negative", "sinks")
 LARGE = 4096  # elements; outputs, nodes and activations above it are left out unless `complete`
 SUFFIXES = ".safetensors, .json, .html or .png"
 
@@ -100,7 +101,7 @@ def _chosen(explanation: Explanation, complete: bool) -> tuple[dict[str, Array],
     for group in GROUPS:
         arrays: Arrays = getattr(explanation, group)
         for name, array in arrays.items():
-            if complete or group in ("inputs", "relevance") or array.size <= LARGE:
+            if complete or group in ALWAYS or array.size <= LARGE:
                 chosen[f"{group}/{name}"] = array
             else:
                 omitted.append(f"{group}/{name}")
@@ -117,7 +118,8 @@ def _description(explanation: Explanation, omitted: list[str]) -> dict[str, Json
         "many_targets": explanation.many_targets,
         "target": [_explained_to_json(one) for one in explanation.target],
         "method": {"model": method.model, "backend": method.backend,
-                   "multiplier": number_to_json(method.multiplier),
+                   "multiplier": number_to_json(method.multiplier), "scaler": number_to_json(method.scaler),
+                   "reference": method.reference,
                    "seconds": {stage: number_to_json(time) for stage, time in method.seconds.items()},
                    "versions": dict(method.versions)},
         "tokens": None if explanation.tokens is None else [list(row) for row in explanation.tokens],
@@ -220,6 +222,10 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
     for row_of in (explanation.tokens, explanation.images):
         if row_of is not None and len(row_of) != explanation.rows:
             raise ValueError(f"{len(row_of)} rows of tokens or pictures for {explanation.rows} batch rows")
+    for part in (explanation.positive, explanation.negative) if explanation.positive or explanation.negative else ():
+        if {name: array.shape for name, array in part.items()} != {
+                name: array.shape for name, array in explanation.relevance.items()}:
+            raise ValueError("the relevance of the target, or of its rivals, is not that of the inputs")
     for name in explanation.relevance:
         if explanation.relevance[name].dtype.kind != "f":
             raise ValueError(f"the relevance of {name!r} is not floating point")
@@ -249,7 +255,8 @@ def _method_from_json(stored: Json) -> Method:
     versions = _fields(fields.get("versions"), "versions")
     return Method(model, backend, number_from_json(fields.get("multiplier")),
                   {stage: number_from_json(time) for stage, time in _fields(fields.get("seconds"), "seconds").items()},
-                  dict(zip(versions, _texts(list(versions.values()), "versions"), strict=True)))
+                  dict(zip(versions, _texts(list(versions.values()), "versions"), strict=True)),
+                  number_from_json(fields.get("scaler", 1.0)), *_texts([fields.get("reference", "")], "method"))
 
 
 def _fields(stored: Json, what: str) -> dict[str, Json]:

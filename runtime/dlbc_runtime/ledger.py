@@ -34,6 +34,21 @@ class LedgerRow:
         """The largest of the amounts in this row, the scale its rounding is measured on."""
         return max(abs(self.incoming), abs(self.outgoing), *map(abs, self.absorbed.values()), 0.0)
 
+    @property
+    def taken(self) -> float:
+        """How much was absorbed here, whatever its sign."""
+        return math.fsum(map(abs, self.absorbed.values()))
+
+    @property
+    def operation(self) -> str:
+        """The operation with its rule, as the IR writes it: `linear <epsilon>`."""
+        return f"{self.op} <{self.rule}>" if self.rule else self.op
+
+    def __str__(self) -> str:
+        absorbed = "".join(f", {amount:.4g} absorbed by {cause}" for cause, amount in self.absorbed.items())
+        return (f"{self.place or 'model'}: {self.operation} got {self.incoming:.4g}, passed on {self.outgoing:.4g}"
+                f"{absorbed}: {self.residual:.3g} is left over")
+
     def to_dict(self) -> dict[str, Json]:
         """This row as JSON-able data."""
         return {"place": self.place, "op": self.op, "rule": self.rule, "in": number_to_json(self.incoming),
@@ -83,8 +98,15 @@ class Ledger:
         return balanced and not self.leaks(tolerance)
 
     def leaks(self, tolerance: float = 1e-4) -> tuple[LedgerRow, ...]:
-        """The operations that do not balance: look here when `closes` says no."""
-        return tuple(row for row in self.rows if not abs(row.residual) <= tolerance * max(row.size, self.size))
+        """The operations that do not balance, the worst first: look here when `closes` says no."""
+        found = [row for row in self.rows if not abs(row.residual) <= tolerance * max(row.size, self.size)]
+        return tuple(sorted(found, key=lambda row: abs(row.residual) if math.isfinite(row.residual) else math.inf,
+                            reverse=True))
+
+    def by_absorbed(self) -> tuple[LedgerRow, ...]:
+        """The operations, those that absorbed most first."""
+        return tuple(sorted(self.rows, key=lambda row: row.taken if math.isfinite(row.taken) else math.inf,
+                            reverse=True))
 
     def summary(self) -> str:
         """One line: the seed and what became of it."""
@@ -97,9 +119,7 @@ class Ledger:
         from rich.table import Table
 
         causes = list(self.absorbed)
-        rows = list(self.rows)
-        if by == "absorbed":
-            rows.sort(key=lambda row: -math.fsum(map(abs, row.absorbed.values())))
+        rows = self.by_absorbed() if by == "absorbed" else self.rows
         shown = rows if limit is None else rows[:limit]
         table = Table(title="conservation of relevance", title_justify="left", title_style="bold",
                       box=None, pad_edge=False, header_style="dim", footer_style="bold", show_footer=True)
@@ -111,9 +131,8 @@ class Ledger:
             table.add_column(cause, _amount(self.absorbed[cause]), justify="right")
         table.add_column("residual", _rounding(self.residual, self.size), justify="right")
         for row in shown:
-            operation = f"{row.op} <{row.rule}>" if row.rule else row.op
             absorbed = (_amount(row.absorbed[cause]) if cause in row.absorbed else "" for cause in causes)
-            table.add_row(*map(_plain, (row.place, operation, _amount(row.incoming), _amount(row.outgoing),
+            table.add_row(*map(_plain, (row.place, row.operation, _amount(row.incoming), _amount(row.outgoing),
                                         *absorbed, _rounding(row.residual, row.size))))
         if len(shown) < len(rows):
             table.add_row(f"… {len(rows) - len(shown)} more", style="dim")

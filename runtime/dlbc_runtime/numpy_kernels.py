@@ -15,6 +15,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from dlbc_runtime import interpolation
+from dlbc_runtime.numpy_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
+
 Array: TypeAlias = "NDArray[Any]"
 
 
@@ -363,6 +366,20 @@ def adaptive_avg_pool(x: Array, size: Sequence[int]) -> Array:
 def adaptive_avg_pool_adjoint(r: Array, size: Sequence[int]) -> Array:
     """The adjoint of adaptive average pooling: r [..., *pooled] to [..., *size]."""
     return _by_axes(r, _adaptive_matrices(r.shape[-len(size):], size, r.dtype))
+
+
+def interpolate(x: Array, size: Sequence[int], mode: str, align_corners: bool, scales: Sequence[float] | None,
+                antialias: bool, absolute: bool) -> Array:
+    """x [..., *spatial] resampled to `size`; see the op `interpolate`."""
+    matrices = interpolation.matrices(x.shape[-len(size):], size, mode, align_corners, scales, antialias, absolute)
+    return _by_axes(x, [each.T.astype(x.dtype) for each in matrices])
+
+
+def interpolate_adjoint(r: Array, size: Sequence[int], mode: str, align_corners: bool,
+                        scales: Sequence[float] | None, antialias: bool, absolute: bool) -> Array:
+    """The adjoint of interpolation: r [..., *resampled] to [..., *size]."""
+    matrices = interpolation.matrices(size, r.shape[-len(size):], mode, align_corners, scales, antialias, absolute)
+    return _by_axes(r, [each.astype(r.dtype) for each in matrices])
 
 
 def max_pool(x: Array, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],

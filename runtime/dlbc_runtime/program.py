@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
+from dlbc_runtime.bounds import Bounds
 from dlbc_runtime.module import load_module
 from dlbc_runtime.signature import InputSpec, OutputSpec
 
@@ -49,6 +51,30 @@ class RuleRow:
     rule: str
 
 
+class Rules(tuple[RuleRow, ...]):
+    """The lines of `explainer.rules()`, from the output back; printed as a table.
+
+    `composite` is the name of the rules, `reason` why they were chosen (of `auto`; else empty).
+    """
+
+    composite: str
+    reason: str
+
+    def __new__(cls, rows: Iterable[RuleRow], composite: str = "", reason: str = "") -> Self:
+        """Rows with what is said of all of them."""
+        found = super().__new__(cls, rows)
+        found.composite, found.reason = composite, reason
+        return found
+
+    def __str__(self) -> str:
+        """The name, the reason, and one line for each place; equal lines in a row are counted."""
+        place, op = (max((len(getattr(row, name)) for row in self), default=0) for name in ("place", "op"))
+        lines = [f"{row.place:<{place}}  {row.op:<{op}}  {row.rule}".rstrip() for row in self]
+        counted = [(line, len(list(group))) for line, group in groupby(lines)]
+        return "\n".join([self.composite + (f": {self.reason}" if self.reason else ""),
+                          *(f"  {line}" + (f"  x{count}" if count > 1 else "") for line, count in counted)])
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything about a program but its code. Plain data: `to_json` and `from_json` are inverse."""
@@ -68,18 +94,30 @@ class Manifest:
     positions: bool
     sparse: bool
     seed: str
+    contrast: str
+    reason: str
     ledger: tuple[tuple[str, ...], ...]
     rules: tuple[RuleRow, ...]
     static: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    streams: int = 1
+    """How many relevances the seed dimension holds: 2 for contrastive rules, that of the target and of its rivals."""
+    reference: str = ""
+    """Of rules on differences to a reference: how it is run, as one "row" for all or as "rows", one for each."""
+    references: tuple[bool, ...] = ()
+    """Of the activations at the reference that relevance takes, in order: whether axis 0 is the batch."""
+    bounds: tuple[Bounds, ...] = ()
+    """What `zbox` rules assume of inputs."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data."""
         return {
             **{name: getattr(self, name) for name in (
-                "model", "backend", "composite", "output", "before", "sequence", "seed")},
+                "model", "backend", "composite", "output", "before", "sequence", "seed", "contrast", "reason",
+                "reference")},
             "inputs": self.inputs.to_json(), "outputs": self.outputs.to_json(),
-            "positions": self.positions, "sparse": self.sparse,
+            "positions": self.positions, "sparse": self.sparse, "streams": self.streams,
+            "references": list(self.references), "bounds": [one.to_json() for one in self.bounds],
             "weights": [[w.name, w.dtype, list(w.shape)] for w in self.weights],
             "prepared_from": list(self.prepared_from), "explained": list(self.explained), "nodes": list(self.nodes),
             "ledger": [list(entry) for entry in self.ledger],
@@ -96,10 +134,12 @@ class Manifest:
             prepared_from=tuple(data["prepared_from"]), explained=tuple(data["explained"]),
             output=str(data["output"]), before=str(data["before"]), nodes=tuple(data["nodes"]),
             sequence=str(data["sequence"]), positions=bool(data["positions"]), sparse=bool(data["sparse"]),
-            seed=str(data["seed"]),
+            seed=str(data["seed"]), contrast=str(data["contrast"]), reason=str(data["reason"]),
             ledger=tuple(tuple(map(str, entry)) for entry in data["ledger"]),
             rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
-            static=dict(data["static"]), versions=dict(data["versions"]))
+            static=dict(data["static"]), versions=dict(data["versions"]), streams=int(data["streams"]),
+            reference=str(data["reference"]), references=tuple(map(bool, data["references"])),
+            bounds=tuple(map(Bounds.from_json, data["bounds"])))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dlbc_runtime.arrays import Array
-from dlbc_runtime.target import Seed
+from dlbc_runtime.target import Seed, Target
 
 
 def dense_seeds(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
@@ -53,3 +55,19 @@ def distinct_columns(columns: Array) -> tuple[Array, Array]:
     unique, inverse = np.unique(columns, axis=0, return_inverse=True)
     places = np.broadcast_to(inverse.reshape(-1, 1), columns.shape)
     return np.ascontiguousarray(unique.T), places
+
+
+def with_rivals(output: Array, seeds: Array, targets: Sequence[Target]) -> Array:
+    """Seeds of two relevances, [2 S, *output] of [S, *output]: those of the targets, then those of their rivals.
+
+    Rivals are the outputs beside those that a target seeds, by their positive values; in each batch row they get the
+    same total as the target, or nothing where none of them is positive.
+    """
+    against = np.zeros_like(seeds)
+    for number, target in enumerate(targets):
+        amounts = np.where(target.rivals(seeds[number]), np.maximum(output, 0), 0).reshape(len(output), -1)
+        wanted = seeds[number].reshape(len(output), -1).sum(1, keepdims=True)
+        whole = amounts.sum(1, keepdims=True)
+        shares = np.divide(amounts, whole, out=np.zeros_like(amounts), where=whole > 0)
+        against[number] = (shares * wanted).reshape(output.shape)
+    return np.concatenate([seeds, against])

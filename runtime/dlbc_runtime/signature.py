@@ -245,7 +245,10 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
     node = ast.parse(condition, mode="eval").body
     if not isinstance(node, ast.Compare) or len(node.ops) != 1 or type(node.ops[0]) not in _COMPARISONS:
         raise InputError(f"`{condition}` is not a comparison of sizes")
-    return _COMPARISONS[type(node.ops[0])](_evaluate(node.left, sizes), _evaluate(node.comparators[0], sizes))
+    try:
+        return _COMPARISONS[type(node.ops[0])](_evaluate(node.left, sizes), _evaluate(node.comparators[0], sizes))
+    except ZeroDivisionError:  # `12 % (T - 3) == 0` where T is 3
+        return False
 
 
 _COMPARISONS: dict[type, Callable[[int, int], bool]] = {

@@ -1,4 +1,4 @@
-"""What is explained: a class, a token, a difference of two, or any weighting of an output.
+"""What is explained: a class, a token, a difference of two, labels, pixels, a box, or any weighting of an output.
 
 `target=None` is the predicted class (the next token, the only number) of each batch row. An int is
 `Target.index(int)`; a list gives one explanation for each of its entries from one forward pass.
@@ -17,6 +17,7 @@ from dlbc_runtime.errors import InputError
 from dlbc_runtime.explained import Explained
 
 Rows: TypeAlias = "int | Sequence[int]"
+COORDINATES = ("x", "y", "w", "h")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Target:
     against: Rows | None = None
     position: Rows | None = None
     weights: Array | None = None
+    threshold: float = 0.5
+    what: int | str = ""
 
     @classmethod
     def predicted(cls, position: Rows | None = None) -> Target:
@@ -54,6 +57,56 @@ class Target:
         """Any weighting of the explained output: its shape, with or without the batch axis."""
         return cls("tensor", weights=as_numpy(weights))
 
+    @classmethod
+    def labels(cls, threshold: float = 0.5, position: Rows | None = None) -> Target:
+        """Every output of a row that the model returns above `threshold`, together, each with the same share."""
+        return cls("labels", position=position, threshold=float(threshold))
+
+    @classmethod
+    def binary(cls, positive: bool = True) -> Target:
+        """The one number of a classifier of two classes; for the negative class minus it."""
+        return cls("binary", 0 if positive else 1)
+
+    @classmethod
+    def regression(cls, index: Rows | None = None) -> Target:
+        """Number `index` of a regression; without `index` all its numbers together, each with the same share."""
+        return cls("regression", index)
+
+    @classmethod
+    def mask(cls, index: Rows, threshold: float = 0.5) -> Target:
+        """The pixels that a segmentation [B,C,H,W] returns above `threshold` for class `index`, with equal shares."""
+        return cls("mask", index, threshold=float(threshold))
+
+    @classmethod
+    def box(cls, query: Rows, what: int | str = "box") -> Target:
+        """One object of a detection: of scores [B,Q,C] the class number `what` of a query; of boxes [B,Q,4] its
+        coordinate "x", "y", "w" or "h", or "box": all four with equal shares."""
+        return cls("box", query, what=what)
+
+    @property
+    def weighs(self) -> bool:
+        """True for targets that weight the whole output, whatever its shape, and not numbers in a row of it."""
+        return self.kind in ("tensor", "mask", "box")
+
+    def rivals(self, seeds: Array) -> Array:
+        """The outputs that speak for something else, bool [B, ...]: the others in the same row (pixel, query) as those
+        that are seeded; none for numbers that do not compete, as those of a regression or a box."""
+        chosen = seeds != 0
+        if self.kind == "regression" or (self.kind == "box" and isinstance(self.what, str)) or seeds.ndim < 2:
+            return np.zeros_like(chosen)
+        found: Array = chosen.any(axis=1 if self.kind == "mask" else -1, keepdims=True) & ~chosen
+        return found
+
+    def check_contrastive(self) -> None:
+        """InputError where there is no target and rival: contrastive relevances are amounts, never negative."""
+        negative = {
+            "a difference has a negative part": self.kind == "difference",
+            "Target.tensor has negative weights": self.weights is not None and bool((self.weights < 0).any()),
+            "the negative class of one number is minus that number": self.kind == "binary" and self.chosen == 1}
+        for fact in (fact for fact, applies in negative.items() if applies):
+            raise InputError(f"{fact}, and contrastive relevances cannot be negative", where="target",
+                             hint="explain a class: the other outputs are its rivals as it is")
+
     def positions(self, last: Array, length: int) -> Array:
         """The sequence position of each batch row, int64 [B]; `last` holds the last that is no padding."""
         if self.position is None:
@@ -65,22 +118,28 @@ class Target:
                              where="target", hint=f"the sequence has {length} positions: 0 to {length - 1}")
         return wrapped
 
-    def seed(self, output: Array, name: str, positions: Array | None, number: int, *, signed: bool) -> Seed:
+    def seed(self, output: Array, name: str, positions: Array | None, number: int, *, signed: bool,
+             shown: Array | None = None) -> Seed:
         """What this target seeds of `output` [B, V] (of the explained position, where there are positions).
 
         The explained number f is an output y_i, or a difference y_i - y_j. `signed`: for rules that divide by the
         outputs, relevance of y_i is y_i / |f|, so that each part of the input is positive where it raises f, be f
-        positive or negative: relevance then sums to the sign of f. For other rules it is 1 (and -1 for y_j).
+        positive or negative: relevance then sums to the sign of f. For other rules it is 1 (and -1 for y_j). Several
+        numbers with equal shares are n such explanations, each 1/n. `shown`: what the model returns, where it is not
+        what is explained (the value before its softmax).
         """
         rows = output.reshape(output.shape[0], -1) if output.ndim == 1 else output
         if rows.ndim != 2:
             raise InputError(f"output `{name}` has shape {list(output.shape)}: which number of it to explain "
-                             "is not clear", where="target", hint="give Target.tensor(weights) of that shape")
+                             "is not clear", where="target",
+                             hint="give Target.tensor(weights) of that shape, Target.mask(class) or Target.box(query)")
+        if self.kind in ("labels", "binary") or (self.kind == "regression" and self.chosen is None):
+            return self._together(rows, name, positions, number, signed, rows if shown is None else shown)
         batch, count = rows.shape
         every = np.arange(batch)
         chosen = rows.argmax(-1) if self.kind == "predicted" else _rows(_given(self.chosen), batch, "target", count)
         against = _rows(_given(self.against), batch, "target", count) if self.kind == "difference" else None
-        likely = _softmax(rows) if count > 1 and against is None else None
+        likely = _softmax(rows) if count > 1 and against is None and self.kind != "regression" else None
         explained = tuple(Explained(
             int(row), number, name, int(chosen[row]) if count > 1 else None,
             int(against[row]) if against is not None else None,
@@ -95,8 +154,49 @@ class Target:
             weights = np.where(parts == 0, 0, weights) if against is not None else np.where(parts < 0, -1, 1)
         return Seed(indices, weights.astype(np.float32), explained)
 
-    def weighting(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
-        """The weights of `Target.tensor` in the shape of `output`, and what they mean for each row."""
+    def _together(self, rows: Array, name: str, positions: Array | None, number: int, signed: bool, shown: Array
+                  ) -> Seed:
+        """Several numbers of each row with equal shares, or one with the other sign."""
+        count = rows.shape[1]
+        if self.kind == "binary" and count != 1:
+            raise InputError(f"Target.binary is for one number, output `{name}` has {count}", where="target",
+                             hint="give the number of a class, or Target.index(class)")
+        chosen = shown.reshape(rows.shape) > self.threshold if self.kind == "labels" else np.ones(rows.shape, bool)
+        found = [np.flatnonzero(row) for row in chosen]
+        for row, indices in enumerate(found):
+            if not len(indices):
+                raise InputError(f"no number of output `{name}` is above {self.threshold:g} in row {row}; the largest "
+                                 f"is {float(shown[row].max()):.4g}", where="target",
+                                 hint="lower the threshold: it is compared with what the model returns")
+        width, negated = max(map(len, found)), self.kind == "binary" and self.chosen == 1
+        padded = np.stack([np.pad(indices, (0, width - len(indices))) for indices in found])
+        weights = np.stack([np.arange(width) < len(indices) for indices in found]) / np.array(
+            [[float(len(indices))] for indices in found]) * (-1 if negated else 1)
+        if signed:
+            weights = weights * np.where(np.take_along_axis(rows, padded, 1) < 0, -1, 1)
+        explained = []
+        for row, indices in enumerate(found):
+            single = len(indices) == 1
+            value = float(rows[row, indices[0]]) * (-1 if negated else 1) if single else None
+            several = f"{name}[{_listed(indices)}]" if self.kind == "labels" else f"all {count} of {name}"
+            explained.append(Explained(
+                row, number, name, int(indices[0]) if single and count > 1 else None, None,
+                int(positions[row]) if positions is not None else None, value,
+                text=f"minus {name}" if negated else "" if single else several))
+        return Seed(padded, weights.astype(np.float32), tuple(explained))
+
+    def weighting(self, output: Array, name: str, number: int, *, signed: bool = False, shown: Array | None = None
+                  ) -> tuple[Array, tuple[Explained, ...]]:
+        """The weights of a target that `weighs` in the shape of `output`, and what they mean for each row."""
+        if self.kind == "mask":
+            seed, explained = self._pixels(output, name, number, output if shown is None else shown)
+        elif self.kind == "box":
+            seed, explained = self._object(output, name, number)
+        else:
+            return self._tensor(output, name, number)
+        return np.where(output < 0, -seed, seed) if signed else seed, explained
+
+    def _tensor(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
         assert self.weights is not None
         try:
             seed = np.broadcast_to(self.weights, output.shape).astype(np.float32)
@@ -107,6 +207,47 @@ class Target:
                                   'positions="all" of all of them') from problem
         rows = range(output.shape[0] if output.ndim else 1)
         return seed, tuple(Explained(row, number, name, text=f"weighted {name}") for row in rows)
+
+    def _pixels(self, output: Array, name: str, number: int, shown: Array) -> tuple[Array, tuple[Explained, ...]]:
+        if output.ndim not in (4, 5):
+            raise InputError(f"Target.mask is for a segmentation [B,C,H,W], output `{name}` has shape "
+                             f"{list(output.shape)}", where="target", hint="name the output with output=...")
+        batch, count = output.shape[:2]
+        classes = _rows(_given(self.chosen), batch, "target", count)
+        seed = np.zeros(output.shape, np.float32)
+        explained = []
+        for row, index in enumerate(classes):
+            scores = shown[row, index]
+            inside = scores > self.threshold
+            if not inside.any():
+                raise InputError(f"no pixel of class {index} is above {self.threshold:g} in row {row}; the largest is "
+                                 f"{float(scores.max()):.4g}", where="target",
+                                 hint="lower the threshold: it is compared with what the model returns")
+            seed[row, index] = inside / float(inside.sum())
+            explained.append(Explained(int(row), number, name, text=f"{name} class {index}, {int(inside.sum())} of "
+                                                                    f"{inside.size} pixels"))
+        return seed, tuple(explained)
+
+    def _object(self, output: Array, name: str, number: int) -> tuple[Array, tuple[Explained, ...]]:
+        if output.ndim != 3:
+            raise InputError(f"Target.box is for scores [B,Q,C] or boxes [B,Q,4], output `{name}` has shape "
+                             f"{list(output.shape)}", where="target", hint="name the output with output=...")
+        batch, count, width = output.shape
+        queries = _rows(_given(self.chosen), batch, "query", count)
+        if isinstance(self.what, str):
+            if width != len(COORDINATES) or self.what not in (*COORDINATES, "box"):
+                raise InputError(f"`{self.what}` is no number of output `{name}` {list(output.shape)}", where="target",
+                                 hint='of boxes [B,Q,4] give "x", "y", "w", "h" or "box"; of scores the class number')
+            chosen = range(4) if self.what == "box" else [COORDINATES.index(self.what)]
+        else:
+            chosen = [int(_rows(self.what, 1, "target", width)[0])]
+        seed = np.zeros(output.shape, np.float32)
+        for row, query in enumerate(queries):
+            seed[row, query, chosen] = 1 / len(chosen)
+        values = [float(output[row, query, chosen[0]]) for row, query in enumerate(queries)]
+        return seed, tuple(Explained(row, number, name, text=f"{name}[{query}, {self.what}]",
+                                     value=value if len(chosen) == 1 else None)
+                           for row, (query, value) in enumerate(zip(queries, values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -147,6 +288,10 @@ def _rows(given: Rows, batch: int, what: str, count: int | None = None) -> Array
     return found
 
 
+def _listed(indices: Array, most: int = 6) -> str:
+    return ", ".join(map(str, indices[:most])) + (", …" if len(indices) > most else "")
+
+
 def _given(rows: Rows | None) -> Rows:
     assert rows is not None
     return rows
@@ -156,6 +301,3 @@ def _softmax(rows: Array) -> Array:
     shifted = np.exp((rows - rows.max(-1, keepdims=True)).astype(np.float64))
     result: Array = shifted / shifted.sum(-1, keepdims=True)
     return result
-
-
-

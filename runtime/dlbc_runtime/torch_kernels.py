@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlbc_runtime import interpolation
+from dlbc_runtime.torch_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
+
 SMALL = 4096
 """Elements below which the shorter road is the faster one."""
 
@@ -276,6 +279,29 @@ def _by_axes(r: Tensor, matrices: Sequence[Tensor], divisor: int | None) -> Tens
     for back, matrix in enumerate(reversed(matrices), 1):
         r = torch.matmul(r.transpose(-back, -1), matrix).transpose(-back, -1)
     return r if divisor is None else r / divisor
+
+
+def interpolate(x: Tensor, size: Sequence[int], mode: str, align_corners: bool,
+                scales: Sequence[float] | None, antialias: bool, absolute: bool) -> Tensor:
+    """x [..., *spatial] resampled to `size`; see the op `interpolate`."""
+    rank = len(size)
+    if absolute:
+        found = interpolation.matrices(x.shape[-rank:], size, mode, align_corners, scales, antialias, absolute)
+        return _by_axes(x, [torch.tensor(each.T, dtype=x.dtype, device=x.device) for each in found], None)
+    name = {"nearest": "upsample_nearest", "nearest_exact": "_upsample_nearest_exact", "cubic": "upsample_bicubic",
+            "linear": ("upsample_linear", "upsample_bilinear", "upsample_trilinear")[rank - 1]}[mode]
+    function = getattr(torch.ops.aten, f"_{name}{rank}d_aa" if antialias else f"{name}{rank}d")
+    flat = x if x.ndim == rank + 2 else x.reshape(-1, 1, *x.shape[-rank:])
+    corners = () if mode.startswith("nearest") else (align_corners,)
+    out: Tensor = function(flat, list(size), *corners, *(scales or (None,) * rank))
+    return out.reshape(*x.shape[:-rank], *size)
+
+
+def interpolate_adjoint(r: Tensor, size: Sequence[int], mode: str, align_corners: bool,
+                        scales: Sequence[float] | None, antialias: bool, absolute: bool) -> Tensor:
+    """The adjoint of interpolation, r [..., *resampled] to [..., *size]; torch's own adds atomically on CUDA."""
+    found = interpolation.matrices(size, r.shape[-len(size):], mode, align_corners, scales, antialias, absolute)
+    return _by_axes(r, [torch.tensor(each, dtype=r.dtype, device=r.device) for each in found], None)
 
 
 def max_pool_adjoint(r: Tensor, x: Tensor, y: Tensor, kernel: Sequence[int], stride: Sequence[int],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dlbc.backends.names import tuple_of
 from dlbc.backends.shared import COMMON, is_zero, keeping_rank, reduction, single
 from dlbc.backends.site import Expression, Site
+from dlbc.ir.ops import definition
 
 TABLE: dict[str, Expression] = {
     **COMMON,
@@ -57,6 +58,8 @@ TABLE: dict[str, Expression] = {
     "adaptive_max_pool": "kernels.adaptive_max_pool({a}, {size})",
     "adaptive_avg_pool_adjoint": "kernels.adaptive_avg_pool_adjoint({a}, {size})",
     "adaptive_max_pool_adjoint": "kernels.adaptive_max_pool_adjoint({args})",
+    **{name: f"kernels.{name}({{a}}, {{size}}, {{mode}}, {{align_corners}}, {{scales}}, {{antialias}}, {{absolute}})"
+       for name in ("interpolate", "interpolate_adjoint")},
     # norms
     "row_statistics": "kernels.row_statistics({a}, {dims}, {eps}, {centred})",
     # moves
@@ -200,6 +203,19 @@ def _attention(site: Site) -> str:
     operands = [*(site.typed(i) for i in range(carried)), site.x(carried)]
     options = site.options("scale", "causal", "window", "softcap")
     return f"kernels.{site.op.name}({', '.join(operands)}{options})"
+
+
+@_writes("lstm", "gru", "rnn")
+def _recurrent(site: Site) -> str:
+    lengths = len(definition(site.op.name).operands) - 1
+    operands = [site.x(i) if i == lengths else site.typed(i) for i in range(len(site.op.operands))]
+    options = ("activation", "reverse") if site.op.name == "rnn" else ("reverse",)
+    return f"kernels.{site.op.name}({', '.join(operands)}{site.options(*options)})"
+
+
+@_writes("recurrence_adjoint")
+def _recurrence_adjoint(site: Site) -> str:
+    return f"kernels.recurrence_adjoint({', '.join(site.args())}{site.options('reverse')})"
 
 
 @_writes("slice_adjoint")

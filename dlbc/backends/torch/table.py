@@ -12,6 +12,7 @@ from dlbc.backends.shared import COMMON, along, is_zero, keeping_rank, reduction
 from dlbc.backends.site import Expression, Site
 from dlbc.ir.core import Value
 from dlbc.ir.dims import Sym
+from dlbc.ir.ops import definition
 
 TABLE: dict[str, Expression] = {
     **COMMON,
@@ -44,6 +45,8 @@ TABLE: dict[str, Expression] = {
     # pooling
     "adaptive_avg_pool_adjoint": "kernels.adaptive_avg_pool_adjoint({a}, {size})",
     "adaptive_max_pool_adjoint": "kernels.adaptive_max_pool_adjoint({a}, {b}, {c})",
+    **{name: f"kernels.{name}({{a}}, {{size}}, {{mode}}, {{align_corners}}, {{scales}}, {{antialias}}, {{absolute}})"
+       for name in ("interpolate", "interpolate_adjoint")},
     # moves
     "permute": "{a:i}.permute({dims})",
     "expand": "{a:i}.expand({shape})",
@@ -285,6 +288,19 @@ def _attention_weights(site: Site) -> str:
 
 def _attending(site: Site) -> str:
     return site.options("scale", "causal", "window", "softcap")
+
+
+@_writes("lstm", "gru", "rnn")
+def _recurrent(site: Site) -> str:
+    lengths = len(definition(site.op.name).operands) - 1
+    operands = [site.x(i) if i == lengths else site.typed(i) for i in range(len(site.op.operands))]
+    options = ("activation", "reverse") if site.op.name == "rnn" else ("reverse",)
+    return f"kernels.{site.op.name}({', '.join(operands)}{site.options(*options)})"
+
+
+@_writes("recurrence_adjoint")
+def _recurrence_adjoint(site: Site) -> str:
+    return f"kernels.recurrence_adjoint({', '.join(site.args())}{site.options('reverse')})"
 
 
 @_writes("slice_adjoint")

@@ -118,12 +118,16 @@ def _band(at: Expansion, x: Operand, low: float, high: float) -> Value:
 
 
 def _prelu_slope(at: Expansion, op: Op, x: Operand) -> Value:
+    return at.where(at.gt(x, 0.0), 1.0, prelu_weight(at, op))
+
+
+def prelu_weight(at: Expansion, op: Op) -> Value | Weight:
+    """The slopes below 0 of a prelu, aligned with x."""
     weight = at.read(op.operands[1])
     assert isinstance(weight, (Value, Weight))
     shape = op.result.type.shape
     single = weight.type.rank == 0 or weight.type.shape == (1,)
-    wide = weight if single else at.reshape(weight, shape=(shape[1], *(1,) * (len(shape) - 2)))
-    return at.where(at.gt(x, 0.0), 1.0, wide)
+    return weight if single else at.reshape(weight, shape=(shape[1], *(1,) * (len(shape) - 2)))
 
 
 def _pow_gradient(at: Expansion, op: Op, m: Value) -> Contributions:

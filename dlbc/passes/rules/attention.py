@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlbc.ir.core import Op, Operand, Value, Weight
-from dlbc.ir.ops import attr
+from dlbc.ir.ops import STABILISER, attr
 from dlbc.passes.rules import Contributions, Expansion, rule
 from dlbc.passes.rules.linear import LinearMap
 
@@ -75,12 +75,30 @@ def _value(at: Expansion, operand: Operand) -> Value:
 
 
 @rule("attention", "attnlrp", form="M", conserves=False)
-def attnlrp(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def attnlrp(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_v = v P^T (R_o / e(2 o)), R_P = P ((R_o / e(2 o)) v^T), R_s = s (R_P - P sum(R_P)),
     R_q = q (R_s / s) k scale / 2, k likewise.  Achtibat et al. 2024, arXiv 2402.05602 (Taylor rule at softmax).
     """
     m = at.mul(at.stabilised(m, at.read(op.result), eps), 0.5)
     return _bilinear(at, op, m, share=0.5)
+
+
+@rule("attention", "attnlrp_conserving", form="M", conserves=False)
+def attnlrp_conserving(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
+    """As `attnlrp`; what softmax absorbs of a head goes to that head's v: M_v c with c = 2 - sum(R_s) / sum(R_v),
+    kept within 0 and 3; the rest is the rule's.  This project.
+
+    sum(R_s) and sum(R_v) are over the rows and keys of one head. Not linear in the seed.
+    """
+    m = at.mul(at.stabilised(m, at.read(op.result), eps), 0.5)
+    to_q, to_k, _, *rest = _bilinear(at, op, m, share=0.5)
+    assert to_q is not None
+    to_v = at.sum(at.mul(m, at.read(op.result)), dims=(-2, -1), keepdim=True)
+    to_s = at.sum(at.mul(to_q, at.read(op.operands[0])), dims=(-2, -1), keepdim=True)
+    factor = at.where(at.eq(to_v, 0.0), 1.0, at.sub(2.0, at.mul(at.safe_div(to_s, to_v), 2.0)))
+    parts = grouped(at, op)
+    kept = parts.group(at.mul(m, at.clamp(factor, low=0.0, high=3.0)))
+    return to_q, to_k, at.matmul(_swapped(at, parts.weights), kept), *rest
 
 
 @rule("attention", "gradient", form="M", conserves=False)
@@ -90,7 +108,7 @@ def gradient(at: Expansion, op: Op, m: Value) -> Contributions:
 
 
 @rule("attention", "cp", form="M")
-def cp(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def cp(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_v = v P^T (R_o / e(o)), nothing to q and k: P is a weight.  Ali et al. 2022."""
     parts = grouped(at, op)
     kept = at.stabilised(m, at.read(op.result), eps)
@@ -217,7 +235,7 @@ def softmax_identity(at: Expansion, op: Op, r: Value) -> Contributions:
 
 
 @rule(("matmul", "einsum"), "half", form="M")
-def product_half(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def product_half(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_a = a (R_y / e(2 y)) b^T, b likewise.  Achtibat et al. 2024, proposition 3.3."""
     return _product(at, op, at.mul(at.stabilised(m, at.read(op.result), eps), _part(at, op)))
 
@@ -229,7 +247,7 @@ def product_gradient(at: Expansion, op: Op, m: Value) -> Contributions:
 
 
 @rule(("matmul", "einsum"), "signal", form="M")
-def product_signal(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def product_signal(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """All to the factor that is no attention weight (no softmax); R_v = v P^T (R_o / e(o)).  Ali et al. 2022."""
     softmaxes = [is_weight(at, o) for o in op.operands]
     if sum(softmaxes) != 1:

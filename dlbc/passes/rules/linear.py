@@ -7,17 +7,19 @@ written once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dlbc.ir.core import Attr, Op, Operand, Type, Value
-from dlbc.ir.dims import product
-from dlbc.ir.ops import attr, axes
+from dlbc.ir.dims import Dim, product
+from dlbc.ir.ops import STABILISER, attr, axes
 from dlbc.passes.rules import Contributions, Expansion, only, rule
+from dlbc.passes.signs import known
 
 CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
 TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
 LINEAR = ("linear", "linear_rows", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool",
-          "mean", "sum", "cumsum", "rotary", "batch_norm")
+          "interpolate", "mean", "sum", "cumsum", "rotary", "batch_norm")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,50 @@ class LinearMap:
         return self.at.read(self.op.operands[self.position])
 
     @property
+    def nonnegative(self) -> bool:
+        """True where x is known to be >= 0."""
+        return known(self.op.operands[self.position], self.at.facts.nonnegative)
+
+    @property
+    def size(self) -> Operand:
+        """|x|, float32."""
+        return self.x if self.nonnegative else self.at.abs(self.x)
+
+    def mapped(self, change: Callable[[Operand], Value]) -> LinearMap:
+        """The same map with every weight and the bias changed."""
+        return replace(self, weights=tuple(map(change, self.weights)),
+                       bias=None if self.bias is None else change(self.bias))
+
+    @property
     def absolute(self) -> LinearMap:
         """The same map with absolute weights and bias."""
-        bias = None if self.bias is None else self.at.abs(self.bias)
-        return replace(self, weights=tuple(self.at.abs(w) for w in self.weights), bias=bias,
-                       signed=False)
+        return replace(self.mapped(self.at.abs), signed=False)
+
+    @property
+    def positive(self) -> LinearMap | None:
+        """The same map with the positive weights and bias only; None where weights are no plain factors."""
+        plain = len(self.weights) <= 1 and self.op.name not in ("rotary", "interpolate")
+        return self.mapped(self.at.relu) if plain else None
+
+    @property
+    def span(self) -> tuple[Dim, ...]:
+        """The shape of x with 1 for the axes along which the map does the same everywhere (batch, positions)."""
+        shape, rank, op = self.type.shape, self.type.rank, self.op
+        if op.name in (*CONVS, *TRANSPOSED):
+            kept = set(range(1, rank))
+        elif op.name in ("linear", "rotary"):
+            kept = {rank - 1}
+        elif op.name == "matmul":
+            kept = {rank - 1 if self.position == 0 else rank - 2}
+        elif op.name == "batch_norm":
+            kept = {1}
+        elif op.name in ("mean", "sum", "cumsum"):
+            kept = set(axes(rank, attr(op, "dim" if op.name == "cumsum" else "dims")))
+        elif op.name in ("avg_pool", "adaptive_avg_pool"):
+            kept = set(range(rank - len(_numbers(op, "kernel" if op.name == "avg_pool" else "size")), rank))
+        else:
+            kept = set(range(rank))
+        return tuple(dim if i in kept else 1 for i, dim in enumerate(shape))
 
     def __call__(self, x: Operand) -> Value:
         """W x + b, of the shape of y."""
@@ -73,6 +114,14 @@ def linear_map(at: Expansion, op: Op) -> LinearMap:
                      tuple(at.read(o) for i, o in enumerate(op.operands) if i != position))
 
 
+def channel_axis(op: Op, position: int) -> int:
+    """The axis of channels of an operand: 1 for images, else the last."""
+    operand = op.operands[position]
+    assert isinstance(operand, Value)
+    images = (*CONVS, *TRANSPOSED, "batch_norm", "avg_pool", "adaptive_avg_pool", "interpolate")
+    return 1 if op.name in images else operand.type.rank - 1
+
+
 def _batch_norm(at: Expansion, op: Op) -> LinearMap:
     mean, variance, weight, bias = (*map(at.read, op.operands[1:]), None, None)[:4]
     scale = at.rsqrt(at.add(variance, attr(op, "eps")))
@@ -84,7 +133,7 @@ def _batch_norm(at: Expansion, op: Op) -> LinearMap:
 
 
 @rule(LINEAR, "epsilon", form="M")
-def epsilon(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def epsilon(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_x = x * W^T (R_y / e(y)), y with bias; M_x = W^T (M_y y / e(y)).  Bach et al. 2015."""
     linear = linear_map(at, op)
     kept = at.stabilised(m, at.read(op.result), eps)
@@ -100,40 +149,6 @@ def gradient(at: Expansion, op: Op, m: Value) -> Contributions:
     if linear.bias is not None:
         at.absorb("bias", at.mul(_bias_shaped(linear), m))
     return only(op, linear.position, linear.adjoint(m))
-
-
-@rule(LINEAR, "absolute", form="R")
-def absolute(at: Expansion, op: Op, r: Value) -> Contributions:
-    """R_x = |x| * |W|^T (R_y / (|W| |x| + |b|)).  DL-Backtrace default mode, arXiv 2411.12643."""
-    linear = linear_map(at, op)
-    magnitude, size = linear.absolute, at.abs(linear.x)
-    share = at.shared(r, magnitude(size))
-    if magnitude.bias is not None:
-        at.absorb("bias", at.mul(_bias_shaped(magnitude), share))
-    return only(op, linear.position, at.mul(size, magnitude.adjoint(share)))
-
-
-@rule(LINEAR, "absolute_0_1", form="R", conserves=False)
-def absolute_0_1(at: Expansion, op: Op, r: Value) -> Contributions:
-    """As `absolute`; where all contributions to an output of a linear layer have one sign, the denominator is 1
-    larger, and a mean gives each element the same.  dl-backtrace 0.1.24.
-
-    Kept to reproduce old reports; what the surplus takes is recorded as the rule's.
-    """
-    if op.name == "mean":
-        return only(op, 0, linear_map(at, op).adjoint(r))
-    if op.name not in ("linear", "matmul", "einsum"):
-        return absolute(at, op, r)
-    linear = linear_map(at, op)
-    magnitude, size = linear.absolute, at.abs(linear.x)
-    total = replace(magnitude, bias=None)(size)
-    signed = replace(linear, bias=None)(linear.x)
-    mixed = at.gt(at.sub(total, at.abs(signed)), at.mul(total, 1e-6))
-    one_sided = at.where(mixed, 0.0, 1.0)
-    share = at.safe_div(r, at.add(magnitude(size) if magnitude.bias is not None else total, one_sided))
-    if magnitude.bias is not None:
-        at.absorb("bias", at.mul(_bias_shaped(magnitude), share))
-    return only(op, linear.position, at.mul(size, magnitude.adjoint(share)))
 
 
 def _bias_shaped(linear: LinearMap) -> Operand:
@@ -241,6 +256,15 @@ def _adaptive_adjoint(linear: LinearMap, r: Value) -> Value:
     return linear.at.adaptive_avg_pool_adjoint(r, size=linear.type.shape[-spatial:])
 
 
+def _apply_interpolate(linear: LinearMap, x: Operand) -> Value:
+    return linear.at.interpolate(x, **{**_attrs(linear.op), "absolute": not linear.signed})
+
+
+def _interpolate_adjoint(linear: LinearMap, r: Value) -> Value:
+    size = linear.type.shape[-len(linear.op.attrs["size"]):]  # type: ignore[arg-type]
+    return linear.at.interpolate_adjoint(r, **{**_attrs(linear.op), "size": size, "absolute": not linear.signed})
+
+
 def _sum_adjoint(linear: LinearMap, r: Value) -> Value:
     gone = axes(linear.type.rank, attr(linear.op, "dims"))
     shape = tuple(1 if i in gone else d for i, d in enumerate(linear.type.shape))
@@ -287,11 +311,13 @@ def _batch_norm_adjoint(linear: LinearMap, r: Value) -> Value:
     return linear.at.mul(r, linear.weights[0])
 
 
-_FORWARD = {name: _apply for name in LINEAR} | {"rotary": _apply_rotary, "batch_norm": _apply_batch_norm}
+_FORWARD = {name: _apply for name in LINEAR} | {"rotary": _apply_rotary, "batch_norm": _apply_batch_norm,
+                                                "interpolate": _apply_interpolate}
 _ADJOINT = {
     "linear": _linear_adjoint, "linear_rows": _linear_rows_adjoint, "matmul": _matmul_adjoint,
     "einsum": _einsum_adjoint,
     **dict.fromkeys(CONVS, _conv_adjoint), **dict.fromkeys(TRANSPOSED, _conv_transpose_adjoint),
-    "avg_pool": _avg_pool_adjoint, "adaptive_avg_pool": _adaptive_adjoint, "mean": _mean_adjoint,
+    "avg_pool": _avg_pool_adjoint, "adaptive_avg_pool": _adaptive_adjoint,
+    "interpolate": _interpolate_adjoint, "mean": _mean_adjoint,
     "sum": _sum_adjoint, "cumsum": _cumsum_adjoint, "rotary": _rotary_adjoint, "batch_norm": _batch_norm_adjoint,
 }

@@ -96,6 +96,13 @@ def gate_signal(at: Expansion, op: Op, m: Value) -> Contributions:
     return only(op, 1, at.unbroadcast(at.mul(m, activated), up.type))  # type: ignore[union-attr]
 
 
+@rule("glu", "signal_relevance", form="R")
+def gate_signal_relevance(at: Expansion, op: Op, r: Value) -> Contributions:
+    """All to up, nothing to the gate, on relevance itself.  Arras et al. 2017.  A constant up: all to the gate."""
+    position = 1 if at.carries(op.operands[1]) else 0
+    return only(op, position, at.unbroadcast(r, op.operands[position].type))  # type: ignore[union-attr]
+
+
 @rule("glu", "gradient", form="M", conserves=False)
 def gate_gradient(at: Expansion, op: Op, m: Value) -> Contributions:
     """The true adjoint."""

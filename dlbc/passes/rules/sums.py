@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dlbc.ir.core import Op, Operand, Type, Value, Weight
-from dlbc.ir.ops import attr
+from dlbc.ir.ops import STABILISER, attr
 from dlbc.passes.rules import Contributions, Expansion, rule
 
 SUMS = ("add", "sub")
@@ -12,7 +12,7 @@ ADDED = ("scatter_add", "index_put")
 
 
 @rule(SUMS, "epsilon", form="M")
-def epsilon(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def epsilon(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_a = a R_y / e(y); M_a = M_y y / e(y), the same for every term.  Bach et al. 2015."""
     y = at.read(op.result)
     kept = at.stabilised(m, at.finite(y) if _may_be_infinite(at, op) else y, eps)
@@ -77,7 +77,7 @@ def _may_be_infinite(at: Expansion, op: Op) -> bool:
 # --- added by index: y = base, and y[index] += source ------------------------------------------------
 
 @rule(ADDED, "epsilon", form="M")
-def added_epsilon(at: Expansion, op: Op, m: Value, *, eps: float = 1e-6) -> Contributions:
+def added_epsilon(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """R_a = a R_y / e(y) for every term that was added into y.  Bach et al. 2015."""
     return _added(at, op, at.stabilised(m, at.read(op.result), eps))
 

@@ -23,7 +23,7 @@ from dlbc_runtime.explanation import Explanation, strongest
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.views import colour
 from dlbc_runtime.views.numbers import number, percent, seconds, signed
-from dlbc_runtime.views.panels import Card, Features, Panel, Picture, Text, cards
+from dlbc_runtime.views.panels import CONTRASTIVE, Card, Features, Panel, Picture, Text, cards
 from dlbc_runtime.views.png import data_uri, encode, heat_map, resized, shades
 from dlbc_runtime.views.tokens import visible
 
@@ -112,6 +112,7 @@ class View:
     legend: Legend
     words: tuple[Word, ...] = ()
     masked: int = 0
+    apart: str = ""
     bars: tuple[Bar, ...] = ()
     more_bars: tuple[Bar, ...] = ()
     beyond: int = 0
@@ -151,14 +152,15 @@ class Share:
 
 @dataclass(frozen=True)
 class LedgerView:
-    """The conservation table ready for the template."""
+    """The conservation table ready for the template: the largest absorbers first, and the sum of all."""
 
     seed: str
     closes: bool
     residual: str
     shares: tuple[Share, ...]
-    causes: tuple[str, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    total: tuple[str, ...]
     hidden: int
 
 
@@ -178,8 +180,10 @@ def _column(explanation: Explanation, place: int, title: str, several: bool) -> 
     method = explanation.method
     facts = [("model", method.model)] if method.model != title else []
     facts += [] if several else [("rules", explanation.rules)]  # which are the heading of a column
+    facts += [("shown", CONTRASTIVE)] if explanation.contrastive else []
     facts += [("backend", method.backend)]
     facts += [("seed × ", f"{method.multiplier:g}")] if method.multiplier != 1 else []
+    facts += [("relevance × ", f"{method.scaler:g}")] if method.scaler != 1 else []
     facts += [(stage, seconds(time)) for stage, time in method.seconds.items()]
     facts += list(method.versions.items())
     shown = [card for _, card in zip(range(CARDS), cards(explanation), strict=False)]
@@ -204,7 +208,7 @@ def _view(panel: Panel, key: str) -> View:
         case Text():
             bars = _bars(panel, [visible(token) for token in panel.tokens], None, key)
             return View("text", panel.input, _legend(panel.relevance, panel.relevance, panel.limit),
-                        words=_words(panel, key), masked=len(panel.tokens) - len(panel.shown),
+                        words=_words(panel, key), masked=len(panel.tokens) - len(panel.shown), apart=panel.apart,
                         bars=bars[:BARS_FIRST], more_bars=bars[BARS_FIRST:],
                         beyond=len(strongest(panel.relevance, len(panel.tokens), "absolute")) - len(bars))
         case Features():
@@ -274,17 +278,25 @@ def _ledger(ledger: Ledger) -> LedgerView:
     parts += [(cause, amount, True) for cause, amount in ledger.absorbed.items()]
     total = sum(abs(amount) for _, amount, _ in parts if np.isfinite(amount)) or 1.0
     causes = tuple(ledger.absorbed)
-    rows = tuple((row.place, f"{row.op} <{row.rule}>" if row.rule else row.op, number(row.incoming),
-                  number(row.outgoing), *(number(row.absorbed[cause]) if cause in row.absorbed else ""
-                                          for cause in causes)) for row in ledger.rows[:LEDGER_ROWS])
+    rows = tuple((row.place, row.op, row.rule, number(row.incoming), number(row.outgoing),
+                  *(number(row.absorbed[cause]) if cause in row.absorbed else "" for cause in causes),
+                  _left(row.residual, ledger.size)) for row in ledger.by_absorbed()[:LEDGER_ROWS])
+    summed = ("sum", "", "", number(ledger.seed), number(ledger.at_inputs),
+              *(number(ledger.absorbed[cause]) for cause in causes), _left(ledger.residual, ledger.size))
     shades: dict[bool, int] = {False: 0, True: 0}
     shares = []
     for name, amount, absorbed in parts:
         width = 100 * abs(amount) / total if np.isfinite(amount) else 0.0
         shares.append(Share(name, number(amount), round(width, 2), absorbed, amount < 0, shades[absorbed] % 5))
         shades[absorbed] += 1
-    return LedgerView(number(ledger.seed), ledger.closes(), number(ledger.residual), tuple(shares), causes, rows,
-                      max(0, len(ledger.rows) - LEDGER_ROWS))
+    columns = ("place", "operation", "rule", "in", "out", *causes, "residual")
+    return LedgerView(number(ledger.seed), ledger.closes(), number(ledger.residual), tuple(shares), columns, rows,
+                      summed, max(0, len(ledger.rows) - LEDGER_ROWS))
+
+
+def _left(residual: float, size: float) -> str:
+    """What an operation leaves unaccounted for; nothing where it is below what float32 resolves."""
+    return "" if abs(residual) <= 1e-7 * size else f"{residual:.1e}"
 
 
 def _colours() -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ import numpy as np
 from dlbc_runtime.arrays import Array
 from dlbc_runtime.explained import Explained
 from dlbc_runtime.views import colour
+from dlbc_runtime.views.numbers import signed
 from dlbc_runtime.views.png import stretched
 from dlbc_runtime.views.tokens import Token, display, visible
 
@@ -21,22 +22,34 @@ if TYPE_CHECKING:
     from dlbc_runtime.explanation import Explanation
 
 CHANNELS = (1, 3, 4)
+CONTRASTIVE = "the target's relevance less its rivals'"
+"""What contrastive relevance is; shown beside it."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A sequence of tokens; `shown` leaves out padding, `position` is where the explained token comes next."""
+    """A sequence of tokens; `shown` leaves out padding, `position` is where the explained token comes next, `sink` the
+    position of the first token and its relevance where that is shown apart."""
 
     input: str
     tokens: tuple[Token, ...]
     relevance: Array
     shown: tuple[int, ...]
     position: int | None
+    sink: tuple[int, float] | None = None
 
     @property
     def limit(self) -> float:
         """|relevance| at full colour."""
         return colour.limit(self.relevance)
+
+    @property
+    def apart(self) -> str:
+        """What is said of the sink; "" where none is apart."""
+        if self.sink is None:
+            return ""
+        place, relevance = self.sink
+        return f"first token {visible(self.tokens[place])} (position {place}), shown apart: {signed(relevance)}"
 
     def name_of(self, index: tuple[int, ...]) -> str:
         """The token at a place."""
@@ -143,7 +156,8 @@ def _text(explanation: Explanation, name: str, tokens: tuple[str, ...], relevanc
         if mask is not None and mask.shape == relevance.shape:
             # Masked tokens have exactly no relevance; one that has some is shown, for it must be seen.
             shown = tuple(place for place in shown if mask[place] or relevance[place])
-    return Text(name, tuple(display(tokens)), relevance, shown, explained.position if explained else None)
+    return Text(name, tuple(display(tokens)), relevance, shown, explained.position if explained else None,
+                explanation.sink_of(name, row, seed))
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:

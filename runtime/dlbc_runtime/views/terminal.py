@@ -21,7 +21,7 @@ from dlbc_runtime.arrays import Array
 from dlbc_runtime.explanation import Explanation, Order, strongest
 from dlbc_runtime.views import colour
 from dlbc_runtime.views.numbers import number, percent, signed
-from dlbc_runtime.views.panels import Card, Features, Panel, Picture, Text, cards, total
+from dlbc_runtime.views.panels import CONTRASTIVE, Card, Features, Panel, Picture, Text, cards, total
 from dlbc_runtime.views.png import resized
 from dlbc_runtime.views.tokens import visible
 
@@ -71,7 +71,8 @@ def _heading(explanation: Explanation, card: Card) -> Line:
     else:
         name = card.explained.name
         line.append(name, style="bold").append(str(card.explained)[len(name):])
-    return line.append(f", rules {explanation.rules}" if explanation.rules else "", style="dim")
+    line.append(f", rules {explanation.rules}" if explanation.rules else "", style="dim")
+    return line.append(f": {CONTRASTIVE}" if explanation.contrastive else "", style="dim")
 
 
 def _panel(panel: Panel, scale: colour.Scale, listed: int | None) -> Iterable[RenderableType]:
@@ -80,6 +81,8 @@ def _panel(panel: Panel, scale: colour.Scale, listed: int | None) -> Iterable[Re
             yield _tokens(panel, scale)
             yield Line()
             yield _legend(panel, scale)
+            if panel.apart:
+                yield Line(panel.apart, style="dim")
             yield Line()
             places = strongest(panel.relevance, LISTED if listed is None else listed, "absolute")
             yield _bars([(f"{visible(panel.tokens[place])}", str(place), float(panel.relevance[place]))
