@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from dlbc import __version__
 from dlbc.backends import load as load_backend
+from dlbc.bounds import input_bounds
 from dlbc.errors import InputError
 from dlbc.ir.core import Graph, Weight
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.options import Options, recipe_of
 from dlbc.passes import Pass, run
-from dlbc.passes.bounds import input_bounds
 from dlbc.passes.carriers import explained_inputs
 from dlbc.passes.contrast import Contrast
 from dlbc.passes.defer import Defer

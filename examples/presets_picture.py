@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from demo import compiled_once, image_part, text_part
 from matplotlib.axes import Axes
+from PIL import Image
 
 import dlbc
 from dlbc.presets import PRESETS
@@ -23,7 +24,7 @@ from dlbc_runtime.views.tokens import display
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 OTHER = 207
 """Golden retriever: what the picture does not show."""
-SKIPPED = {"auto-cnn", "auto-lm", "auto-encoder"}
+SKIPPED = {"auto-cnn", "auto-lm", "auto-encoder", "auto-vit"}
 TRANSFORMERS_ONLY = {"attnlrp", "attnlrp-conserving", "cp-lrp"}
 CNNS_ONLY = {"epsilon", "epsilon-plus", "epsilon-plus-flat", "epsilon-gamma-box", "alpha2-beta1"}
 
@@ -98,8 +99,9 @@ def text(to: Path) -> None:
 
 
 def save(figure: plt.Figure, to: Path) -> None:
-    figure.savefig(to, dpi=110)
+    figure.savefig(to, dpi=100)
     plt.close(figure)
+    Image.open(to).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(to, optimize=True)
     print(f"wrote {to}: {to.stat().st_size / 1000:.0f} kB; dlbc {dlbc.__version__}")
 
 

@@ -384,10 +384,11 @@ def test_a_gate_with_a_constant_passes_everything(rules: str) -> None:
 # --- 8: the same function however written ------------------------------------------------------------
 
 Write = Callable[[Builder, Value, dict[str, Weight]], Value]
-CONVOLUTIONS_APART = ("epsilon-plus", "epsilon-plus-flat", "epsilon-gamma-box", "alpha2-beta1", "auto", "auto-cnn")
+CONVOLUTIONS_APART = ("epsilon-plus", "epsilon-plus-flat", "epsilon-gamma-box", "alpha2-beta1", "auto", "auto-cnn",
+                      "auto-vit")
 """Presets that treat convolutions and linear layers differently, as their authors define them."""
 GATES_KNOWN_ONCE_RAISED = ("cp-lrp", "epsilon", "dlb-contrastive", "attnlrp-conserving", "auto", "auto-cnn",
-                           "auto-encoder", *CONVOLUTIONS_APART, "gamma")
+                           "auto-encoder", "auto-lm", *CONVOLUTIONS_APART, "gamma")
 """Presets that give a gate's product to `up`: before it is raised, it is any product."""
 
 
