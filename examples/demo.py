@@ -115,7 +115,7 @@ def text_part() -> Part:
     with torch.no_grad():
         token = int(model(**inputs, logits_to_keep=1).logits[0, -1].argmax())
     return Part("text", "Why does the plane go to Lisbon?", f"SmolLM2-135M-Instruct continues: “{PROMPT} …”", model,
-                inputs, ("attnlrp", "dlb"), lambda found: found.with_tokens(smollm2().tokenizer),
+                inputs, ("auto", "dlb"), lambda found: found.with_tokens(smollm2().tokenizer),
                 lambda: embedding_gradient(model, inputs, lambda logits: logits[token]))
 
 
@@ -124,7 +124,7 @@ def contrast_part() -> Part:
     model, inputs = smollm2().model.requires_grad_(False), smollm2().inputs(PROMPT)
     one, other = (smollm2().tokenizer.encode(city, add_special_tokens=False)[0] for city in (" Lisbon", " Oslo"))
     return Part("contrast", "Why Lisbon rather than Oslo?", "The same model and prompt; explained is the difference of "
-                "two outputs, where what speaks for both cancels.", model, inputs, ("attnlrp", "cp-lrp"),
+                "two outputs, where what speaks for both cancels.", model, inputs, ("auto", "cp-lrp"),
                 lambda found: found.with_tokens(smollm2().tokenizer),
                 lambda: embedding_gradient(model, inputs, lambda logits: logits[one] - logits[other]),
                 dlbc.Target.difference(one, other))
@@ -160,7 +160,7 @@ def image_part() -> Part:
             lambda one: f"{NAMES[one]} (class {one})" if one in NAMES else f"class {one}")
 
     return Part("image", "What makes this a cat?", "EfficientNet-Lite0, trained on ImageNet, sees a picture of the cat "
-                "Chelsea.", model, {next(iter(parameters_of(model))): pixels}, ("epsilon", "dlb"), named, plain)
+                "Chelsea.", model, {next(iter(parameters_of(model))): pixels}, ("auto", "dlb"), named, plain)
 
 
 def table_part() -> Part:
@@ -192,7 +192,7 @@ def table_part() -> Part:
 
     return Part("table", "Why is this tumour malignant?", "A network of three layers, trained in this run, "
                 f"{accuracy:.0%} right on samples it has not seen. Values are standard deviations from the mean.",
-                model, {"input": sample}, ("epsilon", "dlb"), named, plain)
+                model, {"input": sample}, ("auto", "dlb"), named, plain)
 
 
 PARTS = {"text": text_part, "contrast": contrast_part, "image": image_part, "table": table_part}

@@ -20,7 +20,7 @@ from dlbc_runtime.views.html import report
 WIDTH, HEIGHT = 1800, 900
 TO = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHOSEN = ((contrast_part, "attnlrp"), (image_part, "dlb"), (table_part, "epsilon"))
+CHOSEN = ((contrast_part, "auto"), (image_part, "auto"), (table_part, "auto"))
 
 
 def main() -> int:
