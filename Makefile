@@ -15,10 +15,10 @@ PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test peers lint fmt bench clean
+.PHONY: help venv demo test peers lint fmt bench faithful clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.installed  ## set up .venv with everything below
 
@@ -39,8 +39,13 @@ lint: venv  ## ruff, mypy --strict, import directions
 fmt: venv  ## let ruff sort imports and fix what it can
 	$(PY) -m ruff check --fix .
 
-bench: venv  ## run every benchmark (one file per claim in the README)
-	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(PY) $$file $(ARGS); done
+bench: venv  ## run every benchmark (one file per claim in the README; the peers' have their own environment)
+	@set -e; for file in $(filter-out benchmarks/peers.py benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$file"; $(PY) $$file $(ARGS); done
+
+faithful: venv  ## measure how faithful each preset is, on trained models (hours; resumes), and write the tables
+	$(PY) -m benchmarks.faithfulness $(ARGS)
+	$(PY) -m benchmarks.faithfulness.tables
 
 clean:  ## remove both environments, caches and output
 	rm -rf $(VENV) $(PEERS) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -33,7 +33,7 @@ def kind_of(graph: Graph, output: str = "") -> str:
     if "attention" in kinds or "softmax" in kinds:
         if sequence_output(graph, output) is not None and _causal(graph):
             return "lm"
-        return "vit" if convolves else "encoder"
+        return "vit" if kinds & {"conv2d", "conv3d"} else "encoder"
     return "cnn" if convolves else "mlp"
 
 
