@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlbc.commands.shared import Backend, Cache, Device, Fallback, console, index_of, working
+from dlbc.commands.shared import (
+    Backend,
+    Built,
+    Cache,
+    Data,
+    Device,
+    Drop,
+    Fallback,
+    console,
+    index_of,
+    working,
+)
 from dlbc.errors import InputError
 
 if TYPE_CHECKING:
@@ -169,13 +180,9 @@ def image(
 
 @app.command("table")
 def table(
-    given: Annotated[Path, typer.Argument(metavar="DATA.csv", help="Numbers, with the names of the columns first.",
-                                          show_default=False)],
-    model: Annotated[str, typer.Option(
-        "--model", "-m", show_default=False,
-        help="file.py:build, which returns (model, example_inputs) or (model, example_inputs, names of the classes).")],
+    given: Data, model: Built,
     rows: Annotated[int, typer.Option("--rows", help="So many rows of the data, from the first on.", min=1)] = 100,
-    drop: Annotated[list[str] | None, typer.Option("--drop", help="A column that the model does not take.")] = None,
+    drop: Drop = None,
     target: Target = None, rules: Methods = None,
     fill: Annotated[str, typer.Option(rich_help_panel=_HOW, help="What takes the place of a feature: mean (of these "
                                                                  "rows), zero, constant(0.5).")] = "mean",

@@ -10,9 +10,12 @@ import typer
 
 from dlbc.commands.shared import (
     Backend,
+    Built,
     Cache,
     Check,
+    Data,
     Device,
+    Drop,
     Fallback,
     How,
     Html,
@@ -117,13 +120,9 @@ def image(
 
 @app.command("table")
 def table(
-    given: Annotated[Path, typer.Argument(metavar="DATA.csv", help="Numbers, with the names of the columns first.",
-                                          show_default=False)],
-    model: Annotated[str, typer.Option(
-        "--model", "-m", show_default=False,
-        help="file.py:build, which returns (model, example_inputs) or (model, example_inputs, names of the classes).")],
+    given: Data, model: Built,
     row: Annotated[int, typer.Option("--row", help="Which row of the data; the first is 0.", min=0)] = 0,
-    drop: Annotated[list[str] | None, typer.Option("--drop", help="A column that the model does not take.")] = None,
+    drop: Drop = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="A class: its name or number. "
                                                                      "Default: what the model predicts.")] = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,

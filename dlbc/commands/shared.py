@@ -21,8 +21,15 @@ if TYPE_CHECKING:
 _HOW, _OUT = "How to explain", "Where to put it"
 
 Model = Annotated[str, typer.Option("--model", "-m", show_default=False)]
+Data = Annotated[Path, typer.Argument(metavar="DATA.csv", help="Numbers, with the names of the columns first.",
+                                      show_default=False)]
+Built = Annotated[str, typer.Option(
+    "--model", "-m", show_default=False,
+    help="file.py:build, which returns (model, example_inputs) or (model, example_inputs, names of the classes).")]
+Drop = Annotated[list[str] | None, typer.Option("--drop", help="A column that the model does not take.")]
 Rules = Annotated[str, typer.Option("--rules", "-r", rich_help_panel=_HOW,
-                                    help="A preset: auto, attnlrp, cp-lrp, epsilon, dlb, dlb-0.1, input-x-gradient.")]
+                                    help="A preset: auto, attnlrp, cp-lrp, epsilon, gamma, epsilon-plus-flat, dlb, "
+                                         "dlb-contrastive, input-x-gradient and others (docs/rules.md).")]
 Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch or numpy.")]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=_HOW, help="A torch device, e.g. cpu or cuda.")]
 Fallback = Annotated[str | None, typer.Option(
