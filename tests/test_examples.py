@@ -66,7 +66,7 @@ def test_demo_of_the_table(tmp_path: Path) -> None:
     shown = example("demo.py", "table", "--quick", "--out", tmp_path)
     assert "malignant" in shown and shown.count("adds up: 100 =") == 2 and "÷ plain" in shown
     assert {path.name for path in tmp_path.iterdir()} == {
-        "index.html", "table.html", "table-epsilon.png", "table-dlb.png"}
+        "index.html", "table.html", "table-auto.png", "table-dlb.png"}
     index = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert 'href="table.html"' in index and 'src="table-dlb.png"' in index
 
