@@ -16,6 +16,7 @@ A fill of numbers also has what differs between two fills in it: `mean` answers 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -118,12 +119,12 @@ class _Zero:
 
 
 @dataclass(frozen=True, eq=False)
-class _Content:
+class _Content(ABC):
     """Fills that put in elements of another input of the same shape."""
 
+    @abstractmethod
     def content(self, units: Units, items: Sequence[Item], number: int) -> torch.Tensor:
         """What the explained input is filled from, [1, ...]."""
-        raise NotImplementedError
 
     def copies(self, units: Units, items: Sequence[Item], number: int, gone: Array, batch: int) -> Iterator[Copies]:
         """Copies with the elements that are gone from `content`."""

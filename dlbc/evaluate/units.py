@@ -7,6 +7,7 @@ the sum of the relevance of its members.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
-class Units:
+class Units(ABC):
     """Base of all units. `input`: the place or name of the explained input, None where there is only one candidate."""
 
     input: Key | None = field(default=None, kw_only=True)
@@ -81,8 +82,9 @@ class Units:
     def _fits(self, key: Key, value: torch.Tensor) -> bool:
         return value.is_floating_point()
 
+    @abstractmethod
     def _members(self, item: Item) -> Array:
-        raise NotImplementedError
+        """The unit of each element of the explained input, -1 for those that are never perturbed."""
 
 
 @dataclass(frozen=True)
