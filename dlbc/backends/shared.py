@@ -6,6 +6,7 @@ from dlbc.backends.names import literal
 from dlbc.backends.site import Expression, Site
 from dlbc.ir.core import Attr
 from dlbc.ir.dims import Sym
+from dlbc.ir.ops import definition
 
 
 def along(rank: int, axis: int, inside: str) -> str:
@@ -79,3 +80,19 @@ COMMON: dict[str, Expression] = {
     "index": _index,
 }
 """Expressions that both libraries share."""
+
+
+def _recurrent(site: Site) -> str:
+    lengths = len(definition(site.op.name).operands) - 1
+    operands = [site.x(i) if i == lengths else site.typed(i) for i in range(len(site.op.operands))]
+    options = ("activation", "reverse") if site.op.name == "rnn" else ("reverse",)
+    return f"kernels.{site.op.name}({', '.join(operands)}{site.options(*options)})"
+
+
+def _recurrence_adjoint(site: Site) -> str:
+    return f"kernels.recurrence_adjoint({', '.join(site.args())}{site.options('reverse')})"
+
+
+RECURRENT: dict[str, Expression] = {
+    **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent), "recurrence_adjoint": _recurrence_adjoint}
+"""Calls of the scans, which both kernels name alike."""

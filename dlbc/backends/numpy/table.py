@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dlbc.backends.names import tuple_of
-from dlbc.backends.shared import COMMON, is_zero, keeping_rank, reduction, single
+from dlbc.backends.shared import COMMON, RECURRENT, is_zero, keeping_rank, reduction, single
 from dlbc.backends.site import Expression, Site
-from dlbc.ir.ops import definition
 
 TABLE: dict[str, Expression] = {
-    **COMMON,
+    **COMMON, **RECURRENT,
     # elementwise
     **{name: f"np.{name}({{a:t}})" for name in (
         "exp", "expm1", "log", "log1p", "sqrt", "reciprocal", "sin", "cos", "tan", "tanh", "abs", "sign", "floor",
@@ -203,19 +202,6 @@ def _attention(site: Site) -> str:
     operands = [*(site.typed(i) for i in range(carried)), site.x(carried)]
     options = site.options("scale", "causal", "window", "softcap")
     return f"kernels.{site.op.name}({', '.join(operands)}{options})"
-
-
-@_writes("lstm", "gru", "rnn")
-def _recurrent(site: Site) -> str:
-    lengths = len(definition(site.op.name).operands) - 1
-    operands = [site.x(i) if i == lengths else site.typed(i) for i in range(len(site.op.operands))]
-    options = ("activation", "reverse") if site.op.name == "rnn" else ("reverse",)
-    return f"kernels.{site.op.name}({', '.join(operands)}{site.options(*options)})"
-
-
-@_writes("recurrence_adjoint")
-def _recurrence_adjoint(site: Site) -> str:
-    return f"kernels.recurrence_adjoint({', '.join(site.args())}{site.options('reverse')})"
 
 
 @_writes("slice_adjoint")

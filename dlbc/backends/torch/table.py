@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dlbc.backends.names import grouped, literal, tuple_of
-from dlbc.backends.shared import COMMON, along, is_zero, keeping_rank, reduction, single
+from dlbc.backends.shared import COMMON, RECURRENT, along, is_zero, keeping_rank, reduction, single
 from dlbc.backends.site import Expression, Site
 from dlbc.ir.core import Value
 from dlbc.ir.dims import Sym
-from dlbc.ir.ops import definition
 
 TABLE: dict[str, Expression] = {
-    **COMMON,
+    **COMMON, **RECURRENT,
     # elementwise
     **{name: f"torch.{name}({{a:t}})" for name in (
         "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "tanh", "atan",
@@ -288,19 +287,6 @@ def _attention_weights(site: Site) -> str:
 
 def _attending(site: Site) -> str:
     return site.options("scale", "causal", "window", "softcap")
-
-
-@_writes("lstm", "gru", "rnn")
-def _recurrent(site: Site) -> str:
-    lengths = len(definition(site.op.name).operands) - 1
-    operands = [site.x(i) if i == lengths else site.typed(i) for i in range(len(site.op.operands))]
-    options = ("activation", "reverse") if site.op.name == "rnn" else ("reverse",)
-    return f"kernels.{site.op.name}({', '.join(operands)}{site.options(*options)})"
-
-
-@_writes("recurrence_adjoint")
-def _recurrence_adjoint(site: Site) -> str:
-    return f"kernels.recurrence_adjoint({', '.join(site.args())}{site.options('reverse')})"
 
 
 @_writes("slice_adjoint")
