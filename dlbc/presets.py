@@ -80,8 +80,9 @@ PRESETS: dict[str, Preset] = {
     "epsilon-gamma-box": Preset(_CONSERVING, options=_gamma_box),
     "gamma": Preset(_CONSERVING, options=_gamma),
     "alpha2-beta1": Preset((("convolution", "alpha_beta(2,1)"), *_CONSERVING)),
-    "dlb": Preset((*_RELEVANCE, ("linear_map", "absolute"), ("sum_of_terms", "absolute"), ("attention", "dlb"),
-                   ("matmul", "share"), ("einsum", "share")), options=_activation_aware("absolute")),
+    "dlb": Preset((*_RELEVANCE, ("rotary", "energy"), ("linear_map", "absolute"), ("sum_of_terms", "absolute"),
+                   ("attention", "dlb"), ("matmul", "share"), ("einsum", "share")),
+                  options=_activation_aware("absolute")),
     "dlb-contrastive": Preset((
         *(entry for entry in _RELEVANCE if entry[0] != "gate"), ("gate", "signal_relevance"),
         ("linear_map", "contrastive"), ("sum_of_terms", "contrastive"), ("attention", "contrastive"),

@@ -56,6 +56,8 @@ class Site:
     results: list[Array]
     carried: list[bool]
     softmaxes: list[bool]
+    pairs: list[Array]
+    """Of each operand, a number for each element: the same for two that rotary embedding turned into each other."""
     tiny: float = TINY
     """0 where relevance comes in as a multiplier already: it was divided by its value before."""
 
@@ -575,6 +577,30 @@ def cp(s: Site, r: Array) -> list[Any]:
     return [None, None, *_attention(s, r, part=1.0)[2:]]
 
 
+def _lengths(x: Array, pairs: Array) -> Array:
+    """|x|, of pairs the root mean square."""
+    same = pairs[..., :, None] == pairs[..., None, :]
+    return np.sqrt((same * (x ** 2)[..., None, :]).sum(axis=-1) / same.sum(axis=-1))
+
+
+def energy(s: Site, r: Array) -> Array:
+    found = np.zeros(s.x[0].shape)
+    r, pairs = _summed_to(r, found.shape), _rotated(s.attrs, s.x[0])
+    for row in np.ndindex(*found.shape[:-1]):
+        for pair in np.unique(pairs[row]):
+            both = pairs[row] == pair
+            squares = s.x[0][row][both] ** 2
+            found[row][both] = over(squares * r[row][both].sum(), np.full(2, squares.sum()))
+    return found
+
+
+def _rotated(attrs: Mapping[str, Any], y: Array) -> Array:
+    """Elements of a rotary embedding numbered by pairs, within each row."""
+    size = y.shape[-1]
+    own = np.arange(size) // 2 if attrs["interleaved"] else np.arange(size) % (size // 2)
+    return np.broadcast_to(own, y.shape) + size // 2 * np.arange(y.size // size).reshape(*y.shape[:-1], 1)
+
+
 def attention_absolute(s: Site, r: Array, part: float = 1.0) -> list[Any]:
     return [None, None, *_dlb(s, r, part)[2:]]
 
@@ -585,7 +611,7 @@ def dlb(s: Site, r: Array) -> list[Any]:
 
 def _dlb(s: Site, r: Array, part: float) -> list[Any]:
     _, p, _ = _scores(s)
-    q, k, v = (np.abs(o) for o in s.x[:3])
+    q, k, v = (_lengths(*both) for both in zip(s.x[:3], s.pairs, strict=False))
     to_q, to_k, to_v = (np.zeros(o.shape) for o in (q, k, v))
     per = q.shape[1] // k.shape[1]
     for b, h, i in np.ndindex(*q.shape[:3]):
@@ -729,6 +755,7 @@ FAMILY = {name: kind for kind, names in _KINDS.items() for name in names.split()
 FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     **dense_recurrent.FORMULAS,
     ("linear", "epsilon"): epsilon, ("linear", "gradient"): linear_gradient, ("linear", "absolute"): absolute,
+    ("linear", "energy"): energy,
     **{("linear", rule.__name__): rule for rule in (gamma, alpha_beta, w_square, flat, zbox)},
     ("linear", "zplus"): alpha_beta,
     ("linear", "absolute_0_1"): absolute_0_1, ("linear", "half"): half, ("linear", "signal"): signal,
@@ -770,6 +797,7 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
             op.name in _KINDS["move"].split() and getattr(op.operands[0], "name", "") in softmaxes
         ):
             softmaxes |= {v.name for v in op.results}
+    pairs = _pairs(graph, run)
     relevance: dict[str, Array] = {graph.forward.results[0].name: seed}
     divided: dict[str, bool] = {graph.forward.results[0].name: False}
     for op in reversed(list(graph.forward.ops)):
@@ -777,7 +805,7 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
             continue
         count = sum(isinstance(o, Value) and o.name in carrying for o in op.operands)
         rule = composite.rule_for(op, constant_factor=count == 1)
-        site = _site(op, rule, run, weights, carrying, softmaxes)
+        site = _site(op, rule, run, weights, carrying, softmaxes, pairs)
         site.tiny = 0.0 if divided[op.result.name] else TINY
         found = contributions(site, relevance[op.result.name])
         form = RULES[op.name, rule.name].form
@@ -790,26 +818,61 @@ def explain(graph: Graph, composite: Composite, inputs: Mapping[str, Array], wei
             for p in explained_inputs(graph) if p.name in carrying]
 
 
-def _site(op: Op, rule: Rule, run: Run, weights: Mapping[str, Array], carrying: set[str], softmaxes: set[str]) -> Site:
+def _pairs(graph: Graph, run: Run) -> dict[str, Array]:
+    """Turned elements numbered by pairs, as `rotary` makes them and moves carry them; all others have a number of
+    their own."""
+    found: dict[str, Array] = {}
+    fresh = 1 << 32
+
+    def numbers(o: Any) -> Array:
+        nonlocal fresh
+        size = np.size(run.values[o.name])
+        fresh += size
+        return found.get(o.name, fresh + np.arange(size).reshape(np.shape(run.values[o.name])))
+
+    for op in graph.forward.ops:
+        attrs = {name: _number(a, run) for name, a in op.attrs.items()}
+        known = [getattr(o, "name", "") in found for o in op.operands]
+        if op.name == "rotary":
+            y = run.values[op.result.name]
+            fresh += y.size
+            found[op.result.name] = fresh + _rotated({"interleaved": False, **attrs}, y)
+        elif any(known) and op.name in ("reshape", "permute", "expand", "slice", "cat"):
+            found[op.result.name] = REFERENCE[op.name](*(numbers(o) for o in op.operands), **attrs)
+        elif any(known) and op.name in ("cast", "neg", "mul", "div") and np.size(op.operands[-1]) == 1:
+            found[op.result.name] = found[op.operands[0].name]  # type: ignore[union-attr]
+    return found
+
+
+def _site(op: Op, rule: Rule, run: Run, weights: Mapping[str, Array], carrying: set[str], softmaxes: set[str],
+          pairs: Mapping[str, Array]) -> Site:
     assert (op.name, rule.name) in RULES
     values = run.values
-
-    def number(a: Any) -> Any:
-        return tuple(map(number, a)) if isinstance(a, tuple) else evaluate(a, run.sizes) if isinstance(a, Sym) else a
 
     def read(o: Any) -> Any:
         if isinstance(o, Value):
             return values[o.name]
-        return np.asarray(weights[o.name]) if hasattr(o, "type") else number(o)
+        return np.asarray(weights[o.name]) if hasattr(o, "type") else _number(o, run)
 
     return Site(
         op.name,
         rule.name,
         dict(rule.params),
-        {name: number(a) for name, a in {**definition(op.name).attrs, **op.attrs}.items()},
+        {name: _number(a, run) for name, a in {**definition(op.name).attrs, **op.attrs}.items()},
         [read(o) for o in op.operands],
         values[op.result.name],
         [values[v.name] for v in op.results],
         [isinstance(o, Value) and o.name in carrying for o in data_operands(op)],
         [getattr(o, "name", "") in softmaxes for o in op.operands],
+        [pairs.get(getattr(o, "name", ""), _numbered(read(o))) for o in op.operands],
     )
+
+
+def _number(a: Any, run: Run) -> Any:
+    if isinstance(a, tuple):
+        return tuple(_number(one, run) for one in a)
+    return evaluate(a, run.sizes) if isinstance(a, Sym) else a
+
+
+def _numbered(o: Any) -> Array:
+    return np.arange(np.size(o)).reshape(np.shape(o)) if isinstance(o, np.ndarray) else np.zeros(())

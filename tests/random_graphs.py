@@ -81,6 +81,19 @@ def _attention(m: Making, a: Value, b: Value) -> Value:
     return _merged(m, m.at.attention(q, k, v, scale=0.7, causal=bool(m.rng.integers(2))))
 
 
+def _turned(m: Making, a: Value, b: Value) -> Value:
+    """Attention with rotary positions on all channels, or on some of them."""
+    q, k, v = (_split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
+    width = q.type.shape[-1]
+    assert isinstance(width, int)
+    cos, sin = m.weight(T, width), m.weight(T, width)
+    interleaved = bool(m.rng.integers(2))
+    q, k = (m.at.rotary(x, cos, sin, interleaved=interleaved) for x in (q, k))
+    if m.rng.integers(2):
+        q, k, v = (m.at.cat(x, m.at.abs(x), dim=-1) if x is not v else x for x in (q, k, v))
+    return _merged(m, m.at.attention(q, k, v, scale=0.7))
+
+
 def _written_out(m: Making, a: Value, b: Value) -> Value:
     """Attention from its parts, with a mask of -inf."""
     q, k, v = (_split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
@@ -130,6 +143,7 @@ SEQUENCE: dict[str, Step] = {
     "sum": lambda m, a, b: m.at.add(a, m.at.sum(b, dims=(-2,), keepdim=True)),
     "cumsum": lambda m, a, b: m.at.cumsum(a, dim=-2),
     "attention": _attention,
+    "turned": _turned,
     "written out": _written_out,
 }
 IMAGE: dict[str, Step] = {

@@ -36,7 +36,9 @@ from random_graphs import Model, make, models
 
 Array = NDArray[Any]
 ALL = sorted(PRESETS)
-LINEAR_IN_SEED = [name for name in ALL if name != "dlb-contrastive"]
+ONE_STREAM = [name for name in ALL if name != "dlb-contrastive"]
+SEED_BY_SEED = ["attnlrp-conserving"]
+"""How much a head of attention hands on depends on what came in: the explanation of a sum is no sum of explanations."""
 KEEPS_LAWS = [name for name in ALL if name != "dlb-0.1"]
 B, T, S = symbol("B"), symbol("T"), symbol("S")
 
@@ -104,12 +106,13 @@ def test_infinite_masks_are_harmless_where_multipliers_become_relevance() -> Non
 @given(models())
 def test_linear_in_the_seed(model: Model) -> None:
     s, t = model.seeds(2)
-    for rules in LINEAR_IN_SEED:
+    for rules in ONE_STREAM:
         def run(*seeds: Array) -> Array:
             return explain(model.graph, rules, model.inputs(), model.weights, np.stack(seeds))[0]  # noqa: B023
 
         one, other, both = run(s, t, 2 * s - 3 * t)
-        assert_close(both, 2 * one - 3 * other, 1e-6)
+        if rules not in SEED_BY_SEED:
+            assert_close(both, 2 * one - 3 * other, 1e-6)
         assert_close(np.concatenate([run(s), run(t)]), np.stack([one, other]), 1e-12)
 
 
@@ -159,7 +162,7 @@ def test_a_shared_value_may_as_well_be_computed_twice(model: Model) -> None:
             twice.append(replace(shared, results=(renamed,)))
     graph = replace(model.graph, forward=replace(model.graph.forward, body=tuple(twice)))
     verify(graph)
-    for rules in LINEAR_IN_SEED:
+    for rules in ONE_STREAM:
         assert_close(explain(graph, rules, model.inputs(), model.weights, model.seeds())[0],
                      explain(model.graph, rules, model.inputs(), model.weights, model.seeds())[0], 1e-4)
 

@@ -22,8 +22,7 @@ IMAGES = ["lenet", "resnet18_small", "densenet_small", "mobilenet_like", "vit"]
 READS_LAST = ["xlnet"]
 """Its head reads the last place, so it is padded on the left only."""
 SHIFTS = ["xlnet", *(name for name in DECODERS if name != "gpt2")]
-"""Positions are relative and the head reads no first place: a shift to the right changes nothing for them. It does
-for dlb, whose absolute rule reads |q k| in the rotated frame, which the absolute position turns."""
+"""Positions are relative and the head reads no first place: a shift to the right changes nothing for them."""
 LEDGER = ["mlp", "convolutions", "unused_input", *IMAGES, "bert", "xlnet", "gpt2", "llama", "gemma2",
           "two_outputs_dict"]
 
@@ -58,7 +57,7 @@ def test_padding_gets_exactly_nothing(name: str, rules: str) -> None:
     """Law 4: a padded row explains as the row alone, on either side; padding has exactly 0."""
     explainer, ids = explainer_of(name, rules), ids_of(name)
     alone = explainer(**row(ids), target=Target.index(1)).relevance["input_ids"][0]
-    sides = [*([(0, 3)] if name not in READS_LAST else []), *([(3, 0)] if name in SHIFTS and rules != "dlb" else [])]
+    sides = [*([(0, 3)] if name not in READS_LAST else []), *([(3, 0)] if name in SHIFTS else [])]
     for left, right in sides:
         token = compiled(name).case.model.config.pad_token_id or 0
         found = explainer(**padded(ids, left, right, token), target=Target.index(1)).relevance["input_ids"][0]

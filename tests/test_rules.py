@@ -20,6 +20,7 @@ from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.lower import Lower, expand
 from dlbc.passes.outputs import FINAL
 from dlbc.passes.pair import Pair
+from dlbc.passes.rotations import Turned, rotations
 from dlbc.passes.rules import RULES, load_rules, parse_rule
 from dlbc.passes.rules.activations import STEPS, UNARY
 
@@ -395,3 +396,59 @@ def test_attention_weights_are_found_behind_moves() -> None:
     expected = dense.explain(graph, composite, inputs, {}, seed)
     assert not found[0].any()
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_sizes_of_turned_channels_are_those_of_pairs(interleaved: bool) -> None:
+    """`dlb` of attention finds the channels that rotary embedding turned behind moves, casts, scales and joins; the
+    position, an angle the same for all tokens, changes nothing."""
+    found = {}
+    for shift in (0, 5):
+        rng = np.random.default_rng(3)
+        params = [Value(name, Type("f32", shape)) for name, shape in (
+            ("q", (2, 3, 4, 6)), ("k", (2, 3, 2, 6)), ("v", (2, 2, 3, 4)))]
+        at = Builder([p.name for p in params])
+        angles = np.outer(np.arange(3) + shift, [1.0, 0.3]) + rng.uniform(size=(1, 2))
+        order = np.repeat(angles, 2, axis=1) if interleaved else np.concatenate([angles, angles], axis=1)
+        weights = {"cos": np.cos(order), "sin": np.sin(order)}
+        cos, sin = (Weight(name, Type("f32", (3, 4))) for name in weights)
+
+        def turned(x: Value, at: Builder = at, cos: Weight = cos, sin: Weight = sin) -> Value:
+            first, rest = at.slice_(x, dim=-1, start=0, stop=4), at.slice_(x, dim=-1, start=4, stop=6)
+            heads = at.permute(at.neg(first), dims=(0, 2, 1, 3))
+            pair = at.cast(at.mul(at.rotary(heads, cos, sin, interleaved=interleaved), 0.5), dtype="f32")
+            return at.cat(at.permute(rest, dims=(0, 2, 1, 3)), pair, dim=-1)
+
+        y = at.attention(turned(params[0]), turned(params[1]), params[2], scale=0.4, causal=True, result="y")
+        graph = Graph("turned", Section(tuple(params), tuple(at.ops), (y,)), weights={"cos": cos, "sin": sin},
+                      attrs={"inputs": ("q", "k", "v"), "outputs": ("y",), "explain": ("q", "k", "v")})
+        inputs = {p.name: rng.normal(size=p.type.shape) for p in params}
+        seed = rng.normal(size=(2, *y.type.shape))
+        composite = Composite((), base="dlb")
+        lowered = Lower().run(Pair(rules=composite).run(graph))
+        found[shift] = interpret(lowered, inputs, weights, {"R.y": seed}).relevance
+        for own, other in zip(found[shift], dense.explain(graph, composite, inputs, weights, seed), strict=True):
+            np.testing.assert_allclose(own, other, atol=1e-9)
+    for own, other in zip(found[0], found[5], strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-12)
+
+
+def test_which_channels_were_turned() -> None:
+    """Through what keeps channels, in their order; not through what mixes, splits or moves them to another axis."""
+    x = Value("x", Type("f32", (2, 4, 4)))
+    at = Builder(["x"])
+    y = at.rotary(x, at.cos(x), at.sin(x), interleaved=True, result="y")
+    at.permute(y, dims=(1, 0, 2), result="heads")
+    at.permute(y, dims=(0, 2, 1), result="swapped")
+    at.reshape(y, shape=(8, 4), result="rows")
+    at.reshape(y, shape=(2, 4, 2, 2), result="split")
+    at.slice_(y, dim=1, start=0, stop=2, result="tokens")
+    at.slice_(y, dim=-1, start=1, stop=4, result="cut")
+    at.cat(x, y, dim=-1, result="joined")
+    at.cat(x, y, dim=0, result="mixed")
+    at.cat(y, y, dim=0, result="batch")
+    at.relu(y, result="bent")
+    graph = Graph("turned", Section((x,), tuple(at.ops), (y,)), attrs={"inputs": ("x",), "outputs": ("y",)})
+    whole = (Turned(0, 4, True),)
+    assert rotations(graph) == {"y": whole, "heads": whole, "rows": whole, "tokens": whole, "batch": whole,
+                                "joined": (Turned(4, 8, True),)}

@@ -9,13 +9,15 @@ from dlbc.errors import IRError, RuleError
 from dlbc.ir.core import Graph, Op, Rule, Value, values
 from dlbc.passes.carriers import MOVES, carriers, data_operands
 from dlbc.passes.differences import difference_facts, expand_difference
+from dlbc.passes.rotations import rotations
 from dlbc.passes.rules import RULES, Contributions, Expansion, Facts, load_rules, seeded
 from dlbc.passes.signs import nonnegative
 
 
 def facts(graph: Graph) -> Facts:
     """What rules may know of a graph."""
-    return difference_facts(graph, Facts(carriers(graph), _softmaxes(graph), nonnegative=nonnegative(graph)))
+    return difference_facts(graph, Facts(carriers(graph), _softmaxes(graph), nonnegative=nonnegative(graph),
+                                         rotations=rotations(graph)))
 
 
 def _softmaxes(graph: Graph) -> set[str]:

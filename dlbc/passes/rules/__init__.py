@@ -25,6 +25,7 @@ from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Op, Operand, Rule, Type, Value
 from dlbc.ir.dims import Dim, symbol
 from dlbc.ir.ops import STABILISER
+from dlbc.passes.rotations import Rotations
 
 Form: TypeAlias = Literal["R", "M", "any"]
 Contributions: TypeAlias = "tuple[Value | None, ...]"
@@ -36,7 +37,7 @@ SEEDS = symbol("S")
 LARGE = 1e38
 """What stands for infinity: the sum of two is still a float32."""
 FAMILIES = ("linear", "splitting", "sums", "products", "activations", "selections", "norms", "attention", "moves",
-            "reductions", "recurrent", "contrastive")
+            "reductions", "recurrent", "contrastive", "rotary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,15 @@ def _unknown_rule(name: str, text: str) -> RuleError:
 class Facts:
     """What rules may know of the graph: names of the values that carry relevance, of those that are attention
     weights (a softmax, or a move of one), of multipliers that were just divided by a stabilised value, of values that
-    are never negative, and of multipliers that are 0 wherever their value is negative (a ReLU made them so)."""
+    are never negative, and of multipliers that are 0 wherever their value is negative (a ReLU made them so); and which
+    channels of a value rotary embedding turned."""
 
     carriers: set[str]
     softmaxes: set[str]
     stabilised: set[str] = field(default_factory=set)
     nonnegative: set[str] = field(default_factory=set)
     rectified: set[str] = field(default_factory=set)
+    rotations: Rotations = field(default_factory=dict)
     reference: str = ""
     """"secant" where rules work on differences to a reference input, "gradient" where gradients at the input are
     multiplied with them (`dlbc/passes/differences.py`)."""

@@ -13,6 +13,7 @@ from dlbc.ir.core import Op, Operand, Value, Weight
 from dlbc.ir.ops import STABILISER, attr
 from dlbc.passes.rules import Contributions, Expansion, rule
 from dlbc.passes.rules.linear import LinearMap
+from dlbc.passes.rules.rotary import sizes
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ def absolute(at: Expansion, op: Op, r: Value) -> Contributions:
 def dlb(at: Expansion, op: Op, r: Value) -> Contributions:
     """Half to v by `absolute`; half over keys by the share |P_ij v_jd|, through softmax unchanged, then half
     each to q and k by the share |q k|: (v, q, k) = (1/2, 1/4, 1/4) of R_o.  DL-Backtrace's split, with the
-    attention weights and the mask respected.
+    attention weights and the mask respected. |q| and |k| of channels that rotary embedding turned are those of the
+    pair (its root mean square), which say nothing of where the token stands.
     """
     parts = grouped(at, op)
     to_v, to_p = _shares(at, parts, at.mul(r, 0.5), halves=2)
-    q, k = at.abs(parts.q), at.abs(parts.k)
+    q, k = sizes(at, parts.q, op.operands[0]), sizes(at, parts.k, op.operands[1])
     share = at.mul(at.shared(to_p, at.matmul(q, _swapped(at, k))), 0.5)
     to_q = at.mul(q, at.matmul(share, k))
     to_k = at.mul(k, at.matmul(_swapped(at, share), q))

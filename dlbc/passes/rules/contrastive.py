@@ -31,7 +31,7 @@ from dlbc.ir.core import Attr, Op, Operand, Value, Weight
 from dlbc.ir.ops import attr
 from dlbc.passes.rules import SEEDS, Contributions, Expansion, only, rule
 from dlbc.passes.rules.attention import _absorb_constants, _none, _swapped, grouped, is_weight
-from dlbc.passes.rules.linear import LINEAR, LinearMap, _bias_shaped, _turn, linear_map
+from dlbc.passes.rules.linear import LINEAR, LinearMap, _bias_shaped, exchanged, linear_map
 from dlbc.passes.rules.sums import ADDED, SUMS, _added, _parts
 
 STREAMS = 2
@@ -200,7 +200,7 @@ def _maps(linear: LinearMap) -> tuple[Sequence[_Map], Sequence[_Map]]:
     if linear.op.name == "rotary":  # y = x cos + x' (sin, the first of each pair negated), x' the pairs exchanged
         cos, sin = weights
         ones = at.full(shape=sin.type.shape, value=1.0, dtype="f32")  # type: ignore[union-attr]
-        weights = cos, at.mul(sin, _turn(at, ones, linear.op, 1))
+        weights = cos, at.mul(sin, exchanged(at, ones, bool(attr(linear.op, "interleaved")), 1))
     parts = [(side.positive, side.negative) for side in (_sides(at, weight) for weight in weights)]
     signs = [(0, 0), (1, 1)] if linear.op.name == "rotary" else product((0, 1), repeat=len(parts))
     found: tuple[list[LinearMap], list[LinearMap]] = [], []

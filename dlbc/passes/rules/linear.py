@@ -176,7 +176,7 @@ def _apply(linear: LinearMap, x: Operand) -> Value:
 
 def _apply_rotary(linear: LinearMap, x: Operand) -> Value:
     at, (cos, sin) = linear.at, linear.weights
-    return at.add(at.mul(x, cos), at.mul(_turn(at, x, linear.op, 1 if linear.signed else 0), sin))
+    return at.add(at.mul(x, cos), at.mul(_turned(linear, x, 1), sin))
 
 
 def _apply_batch_norm(linear: LinearMap, x: Operand) -> Value:
@@ -287,17 +287,21 @@ def _cumsum_adjoint(linear: LinearMap, r: Value) -> Value:
 def _rotary_adjoint(linear: LinearMap, r: Value) -> Value:
     """cos r + rotate^T (sin r); rotate^T of the two halves is (r2, -r1), (r2, r1) where weights are absolute."""
     at, (cos, sin) = linear.at, linear.weights
-    turned = _turn(at, at.mul(r, sin), linear.op, -1 if linear.signed else 0)
+    turned = _turned(linear, at.mul(r, sin), -1)
     return at.unbroadcast(at.add(at.mul(r, cos), turned), linear.type)
 
 
-def _turn(at: Expansion, x: Operand, op: Op, sign: int) -> Value:
-    """The two halves of the last axis (or the members of each pair) exchanged.
+def _turned(linear: LinearMap, x: Operand, sign: int) -> Value:
+    return exchanged(linear.at, x, bool(attr(linear.op, "interleaved")), sign if linear.signed else 0)
+
+
+def exchanged(at: Expansion, x: Operand, interleaved: bool, sign: int = 0) -> Value:
+    """The two halves of the last axis (or the members of each pair, interleaved) exchanged.
 
     sign 1 negates what comes first (rotate), -1 what comes last (its transpose), 0 neither.
     """
     kind = x.type  # type: ignore[union-attr]
-    size, interleaved = kind.shape[-1], bool(attr(op, "interleaved"))
+    size = kind.shape[-1]
     pairs = at.reshape(x, shape=(*kind.shape[:-1], size // 2, 2)) if interleaved else x
     half = 1 if interleaved else size // 2
     first = at.slice_(pairs, dim=-1, start=0, stop=half)

@@ -8,6 +8,7 @@ from dlbc.ir.core import Op, Operand, Value
 from dlbc.ir.ops import STABILISER, attr
 from dlbc.passes.rules import Contributions, Expansion
 from dlbc.passes.rules.attention import Grouped, _none, _product, _swapped, grouped, is_weight
+from dlbc.passes.rules.rotary import sizes
 from dlbc.passes.rules.secants import NEAR, part, secant
 
 TINY = 1e-38
@@ -121,12 +122,14 @@ def absolute(at: Expansion, op: Op, ref: Op, r: Value) -> Contributions:
 @secant("attention", "dlb")
 def dlb(at: Expansion, op: Op, ref: Op, r: Value) -> Contributions:
     """By the sizes of contributions: R_v by P̄ |dv|, R_P by |dP| |v̄| of both; through softmax unchanged; to q and k by
-    |dq| |k̄| and |q̄| |dk|.  DL-Backtrace's split, which is (1/2, 1/4, 1/4) without a reference."""
+    |dq| |k̄| and |q̄| |dk|, of turned channels by pairs.  DL-Backtrace's split, which is (1/2, 1/4, 1/4) without a
+    reference."""
     pair = _Pair(at, op, ref)
     new, old = pair.new, pair.old
     to_v, to_p = pair.shares(r)
-    q, k = (at.abs(_middle(at, *both)) for both in ((new.q, old.q), (new.k, old.k)))
-    dq, dk = (at.abs(at.sub(*both)) for both in ((new.q, old.q), (new.k, old.k)))
+    pairs = list(zip((new.q, new.k), (old.q, old.k), op.operands, strict=False))
+    q, k = (sizes(at, _middle(at, x, ref_x), o) for x, ref_x, o in pairs)
+    dq, dk = (sizes(at, at.sub(x, ref_x), o) for x, ref_x, o in pairs)
     total = at.add(at.matmul(dq, _swapped(at, k)), at.matmul(q, _swapped(at, dk)))
     share = at.shared(to_p, total)
     to_q = new.ungroup(at.mul(dq, at.matmul(share, k)))
