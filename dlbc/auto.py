@@ -21,8 +21,9 @@ RECTIFIERS = frozenset({"relu", "clamp"})
 ENDS = frozenset((*GROUPS["layer"], *GROUPS["activation"], "clamp"))
 LARGEST = 20.0
 """The largest gamma of a CNN: from there on, more changes nothing."""
-SMALL = 0.05
+SMALL = 0.1
 """The gamma of a language model."""
+STEM = "w_square"
 
 
 def kind_of(graph: Graph, output: str = "") -> str:
@@ -47,11 +48,12 @@ def automatic(graph: Graph, output: str = "") -> Composite:
 
 
 def cnn(graph: Graph, output: str = "") -> Composite:
-    """Flat at the stem; then gamma, falling from the stem to the classifier, where a layer's input is never negative;
+    """The w^2 rule at the stem; then gamma, falling from the stem to the classifier, where a layer's input is never negative;
     epsilon at signed bottlenecks and in the last layer.
 
     With h layers above a layer and d below it, gamma is h / d. Where a ReLU follows only after a sum, z-plus, the limit
-    of large gammas, stands for it: one product cheaper. What projects into a signed bottleneck keeps gamma.
+    of large gammas, stands for it: one product cheaper. What projects into a signed bottleneck keeps gamma. Batch norm
+    that no layer could take in shares by size, because its bias often takes most of what it reads away again.
     """
     sites, positive, carrying = Sites.of(graph, output), nonnegative(graph), carriers(graph)
     layers = [op for op in graph.forward.ops if is_layer(op, carrying) and op.result.name in sites.height]
@@ -65,12 +67,15 @@ def cnn(graph: Graph, output: str = "") -> Composite:
             continue
         rectified = sites.readers[name] <= RECTIFIERS
         gamma = f"gamma({min(height / max(depth, 1), LARGEST):.4g})"
-        entries.append((f"%{name}", "flat" if not depth else gamma if rectified or name in into_signed else "zplus"))
+        entries.append((f"%{name}", STEM if not depth else gamma if rectified or name in into_signed else "zplus"))
     counts = Counter(rule.partition("(")[0] for _, rule in entries)
     chosen = ", ".join(f"{rule} on {count}" for rule, count in counts.items())
+    if any(op.name == "batch_norm" and op.result.name in carrying for op in graph.forward.ops):
+        entries.append(("batch_norm", "absolute"))
+        chosen += ", absolute on batch norms"
     return Composite(entries, base="epsilon", name="auto-cnn").but(
         reason=f"convolutions: {chosen or 'none of the rules for convolutions'}, epsilon on the other "
-               f"{len(layers) - len(entries)} of {len(layers)} layers")
+               f"{len(layers) - counts.total()} of {len(layers)} layers")
 
 
 def _feeding(graph: Graph, layers: list[Op], carrying: set[str]) -> set[str]:
@@ -95,9 +100,11 @@ def encoder(graph: Graph, output: str = "") -> Composite:
 
 
 def vision_transformer(graph: Graph, output: str = "") -> Composite:
-    """AttnLRP, with flat at the embedding of the patches."""
-    return Composite([("convolution & first", "flat")], base="attnlrp", name="auto-vit").but(
-        reason="attention over patches of an image: AttnLRP, with the flat rule where patches are embedded")
+    """By size in all layers, through the values in attention; epsilon in the last layer, which tells targets apart."""
+    return Composite([("layer & last", "epsilon"), ("attention", "absolute"), ("norm", "detach")],
+                     base="dlb", name="auto-vit").but(
+        reason="attention over patches of an image: shares by size, through the values in attention, and epsilon in the "
+               "last layer, where targets part")
 
 
 def _causal(graph: Graph) -> bool:

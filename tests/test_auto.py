@@ -24,9 +24,10 @@ def compiled(name: str, rules: str | Composite = "auto", **options: Any) -> tupl
 
 
 @pytest.mark.parametrize(("name", "plan", "rules"), [
-    ("mlp", "epsilon", {"epsilon"}), ("lenet", "auto-cnn", {"flat", "gamma", "epsilon"}),
-    ("resnet18_small", "auto-cnn", {"flat", "gamma", "zplus", "epsilon"}), ("bert", "auto-encoder", {"cp"}),
-    ("vit", "auto-vit", {"flat", "attnlrp"}), ("llama", "auto-lm", {"cp", "gamma"})])
+    ("mlp", "epsilon", {"epsilon"}), ("lenet", "auto-cnn", {"w_square", "gamma", "epsilon"}),
+    ("resnet18_small", "auto-cnn", {"w_square", "gamma", "zplus", "epsilon"}), ("bert", "auto-encoder", {"cp"}),
+    ("vit", "auto-vit", {"absolute", "detach", "epsilon"}),
+    ("densenet_small", "auto-cnn", {"w_square", "zplus", "epsilon"}), ("llama", "auto-lm", {"cp", "gamma"})])
 def test_auto_chooses_by_what_the_model_holds(name: str, plan: str, rules: set[str]) -> None:
     explainer, case = compiled(name)
     assert explainer.manifest.composite == f"auto ({plan})"
@@ -42,7 +43,7 @@ def test_gamma_falls_from_the_stem_to_the_classifier() -> None:
     rows = [row for row in explainer.rules() if row.op in ("conv2d", "linear")]
     gammas = [dict(re.findall(r"(\w+)=([^,)]+)", row.rule))["gamma"] for row in rows if row.rule.startswith("gamma")]
     assert list(map(float, gammas)) == sorted(map(float, gammas)) and len(gammas) > 4
-    assert rows[0].op == "linear" and rows[0].rule.startswith("epsilon") and rows[-1].rule == "flat"
+    assert rows[0].op == "linear" and rows[0].rule.startswith("epsilon") and rows[-1].rule == "w_square"
     assert sum(row.rule == "zplus" for row in rows) > 4
 
 
@@ -52,7 +53,23 @@ def test_signed_bottlenecks_get_epsilon_and_what_projects_into_them_gamma() -> N
         nn.Conv2d(4, 6, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
     explainer = dlbc.compile(model, torch.randn(1, 3, 8, 8), cache=False)
     rules = [row.rule.partition("(")[0] for row in explainer.rules() if row.op in ("conv2d", "linear")]
-    assert rules == ["epsilon", "epsilon", "gamma", "gamma", "flat"]  # from the output back
+    assert rules == ["epsilon", "epsilon", "gamma", "gamma", "w_square"]  # from the output back
+
+
+def test_batch_norm_that_no_layer_takes_in_shares_by_size() -> None:
+    explainer, _ = compiled("densenet_small")
+    norms = [row.rule for row in explainer.rules() if row.op == "batch_norm"]
+    assert norms and all(rule.startswith("absolute") for rule in norms)
+    assert "batch norms" in explainer.rules().reason
+
+
+def test_a_vision_transformer_tells_targets_apart_in_its_last_layer() -> None:
+    """Shares by size everywhere else, so that is where the sign of relevance comes from."""
+    explainer, case = compiled("vit")
+    layers = [row.rule.partition("(")[0] for row in explainer.rules() if row.op in ("conv2d", "linear")]
+    assert layers[0] == "epsilon" and set(layers[1:]) == {"absolute"}
+    maps = explainer(*case.args, **case.kwargs, target=[0, 1]).relevance["pixel_values"]
+    assert not (np.sign(maps[0]) == np.sign(maps[1])).all()
 
 
 def test_auto_is_kept_in_files(tmp_path: Any) -> None:
