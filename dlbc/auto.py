@@ -24,6 +24,7 @@ LARGEST = 20.0
 SMALL = 0.1
 """The gamma of a language model."""
 STEM = "w_square"
+"""The rule of a CNN's first layer."""
 
 
 def kind_of(graph: Graph, output: str = "") -> str:
@@ -48,8 +49,8 @@ def automatic(graph: Graph, output: str = "") -> Composite:
 
 
 def cnn(graph: Graph, output: str = "") -> Composite:
-    """The w^2 rule at the stem; then gamma, falling from the stem to the classifier, where a layer's input is never negative;
-    epsilon at signed bottlenecks and in the last layer.
+    """The w^2 rule at the stem; then gamma, falling towards the classifier, where a layer's input is never negative; epsilon
+    at signed bottlenecks and in the last layer.
 
     With h layers above a layer and d below it, gamma is h / d. Where a ReLU follows only after a sum, z-plus, the limit
     of large gammas, stands for it: one product cheaper. What projects into a signed bottleneck keeps gamma. Batch norm
@@ -103,8 +104,8 @@ def vision_transformer(graph: Graph, output: str = "") -> Composite:
     """By size in all layers, through the values in attention; epsilon in the last layer, which tells targets apart."""
     return Composite([("layer & last", "epsilon"), ("attention", "absolute"), ("norm", "detach")],
                      base="dlb", name="auto-vit").but(
-        reason="attention over patches of an image: shares by size, through the values in attention, and epsilon in the "
-               "last layer, where targets part")
+        reason="attention over patches of an image: shares by size, through the values in attention, and epsilon in "
+               "the last layer, where targets part")
 
 
 def _causal(graph: Graph) -> bool:
