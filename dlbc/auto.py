@@ -49,8 +49,8 @@ def automatic(graph: Graph, output: str = "") -> Composite:
 
 
 def cnn(graph: Graph, output: str = "") -> Composite:
-    """The w^2 rule at the stem; then gamma, falling towards the classifier, where a layer's input is never negative; epsilon
-    at signed bottlenecks and in the last layer.
+    """The w^2 rule at the stem; then gamma, falling towards the classifier, where a layer's input is never negative;
+    epsilon at signed bottlenecks and in the last layer.
 
     With h layers above a layer and d below it, gamma is h / d. Where a ReLU follows only after a sum, z-plus, the limit
     of large gammas, stands for it: one product cheaper. What projects into a signed bottleneck keeps gamma. Batch norm
