@@ -29,6 +29,8 @@ WANTED = "give a folder with config.json and *.safetensors, a GGUF file, a hub n
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; those of transformers have it."""
 
+    all_special_ids: list[int]
+
     def __call__(self, text: str, **options: Any) -> Mapping[str, torch.Tensor]:
         """The inputs of the model for a text."""
         ...

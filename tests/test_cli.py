@@ -345,6 +345,43 @@ def test_the_asked_for_row_is_explained(file: Path, data: Path, tmp_path: Path) 
     assert Explanation.load(tmp_path / "x.json").inputs["input"].tolist() == [[-0.5, 4.0, 0.25]]
 
 
+@pytest.mark.parametrize(("named", "reference"), [
+    ("zero", "zero"), ("mean", "given [1, 3]"), ("0", "given [1, 3]")])
+def test_a_row_is_compared_with_another(file: Path, data: Path, tmp_path: Path, named: str, reference: str) -> None:
+    """What arrives is all of the difference: nothing ends in a bias."""
+    kept = tmp_path / "x.json"
+    result = run("explain", "table", "-m", file, data, "--row", 1, "--drop", "name", "--reference", named,
+                 "--rules", "epsilon", "--target", "yes", "--save", kept)
+    assert result.exit_code == 0, result.output
+    explanation = Explanation.load(kept)
+    assert explanation.method.reference == reference
+    assert abs(abs(float(explanation.relevance["input"].sum())) - 100) < 1e-2
+
+
+def test_a_picture_is_compared_with_another(file: Path, picture: Path, tmp_path: Path) -> None:
+    command = ("explain", "image", "-m", f"{file}:pictures", picture, "--rules", "epsilon", "--target", 1)
+    kept = tmp_path / "x.json"
+    for named, total in (("blur", 100), (picture, 0)):
+        assert run(*command, "--reference", named, "--save", kept).exit_code == 0
+        assert abs(abs(float(Explanation.load(kept).relevance["input"].sum())) - total) < 1e-2
+    assert "there is no file nowhere.png" in fails(*command, "--reference", "nowhere.png")
+
+
+def test_a_text_is_compared_with_a_text_of_one_token(causal: Path, tmp_path: Path) -> None:
+    command, kept = ("explain", "text", "-m", causal, "the sky is", "--rules", "attnlrp"), tmp_path / "x.json"
+    result = run(*command, "--reference", "blue", "--save", kept)
+    assert result.exit_code == 0, result.output
+    assert abs(abs(float(Explanation.load(kept).relevance["input_ids"].sum())) - 100) < 1e-2
+    assert "compared with reference token(7)" in result.stdout
+    assert "'sky blue' is not one token" in fails(*command, "--reference", "sky blue")
+
+
+def test_what_is_no_reference_is_said(file: Path, data: Path) -> None:
+    table = ("explain", "table", "-m", file, data, "--drop", "name")
+    assert "'men' is no reference for a row" in fails(*table, "--reference", "men")
+    assert "there is no row 7" in fails(*table, "--reference", "7")
+
+
 def test_what_is_wrong_with_a_table_is_said(file: Path, data: Path) -> None:
     table = ("explain", "table", "-m", file, data)
     assert "column 'name' of row 0 holds 'ann', which is no number" in fails(*table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from dlbc.commands.shared import (
     index_of,
     working,
 )
+from dlbc.commands.tables import Table
 from dlbc.errors import InputError
 
 if TYPE_CHECKING:
@@ -197,7 +199,8 @@ def table(
     measuring = Measuring(rules or ("auto",), score, steps, batch, randomise, save, plot,
                           {"backend": backend, "fallback": fallback, "cache": cache})
     measuring.check_names()
-    numbers = _numbers(given, rows, tuple(drop or ()))
+    data = Table.read(given, drop or ())
+    numbers = [data.row(0), *islice(data.rows(1), rows - 1)]
     import torch
 
     from dlbc.built import load_built
@@ -237,22 +240,3 @@ def _token_fill(name: str, tokenizer: Any) -> str | Fill:
         special = set(tokenizer.all_special_ids)
         return replace([token for token in range(len(tokenizer)) if token not in special])
     return name
-
-
-def _numbers(path: Path, limit: int, drop: tuple[str, ...]) -> list[list[float]]:
-    """The first rows of a table, without some columns."""
-    import csv
-
-    from dlbc.commands.explain import _row
-
-    names, first = _row(path, 0, drop)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rest = [row for place, row in enumerate(csv.DictReader(file)) if 0 < place < limit]
-    found = [first]
-    for place, row in enumerate(rest, 1):
-        try:
-            found.append([float(row[name]) for name in names])
-        except (TypeError, ValueError) as problem:
-            raise InputError(f"row {place} holds what is no number", where=str(path),
-                             hint="leave its column out with --drop, or encode it as the model expects") from problem
-    return found

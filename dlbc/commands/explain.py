@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlbc.commands.references import (
+    ImageReference,
+    TableReference,
+    TextReference,
+    image_reference,
+    table_reference,
+    text_reference,
+)
 from dlbc.commands.shared import (
     Backend,
     Built,
@@ -29,6 +37,7 @@ from dlbc.commands.shared import (
     index_of,
     working,
 )
+from dlbc.commands.tables import Table
 from dlbc.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +64,7 @@ def text(
         "--target", "-t", help="A token or a class: its text or its number; `text:5` is the token 5. "
                                "Default: what the model predicts.")] = None,
     against: Against = None,
+    reference: TextReference = None,
     sinks: Annotated[str, typer.Option("--sinks", help="`apart`: relevance of the first token, where attention is "
                                                        "parked, on a line of its own. Default: keep.")] = "keep",
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
@@ -73,7 +83,8 @@ def text(
         loaded = load_text(model, gguf=gguf, device=device)
     chosen = _text_target(loaded, target, against, given)
     inputs = loaded.inputs(given)
-    explainer = How(rules, backend, fallback, cache).compile(loaded.model, inputs)
+    compared = text_reference(reference, loaded, token_id)
+    explainer = How(rules, backend, fallback, cache, compared).compile(loaded.model, inputs)
     with working("explaining"):
         explanation = explainer(target=chosen, sinks=sinks, **as_keywords(inputs)).with_tokens(loaded.tokenizer)
     if not loaded.causal and loaded.labels:
@@ -92,6 +103,7 @@ def image(
     target: Annotated[str | None, typer.Option("--target", "-t", help="A class: its name or number. "
                                                                      "Default: what the model predicts.")] = None,
     against: Against = None,
+    reference: ImageReference = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
     tolerance: Tolerance = 1e-4,
@@ -110,7 +122,8 @@ def image(
     labels = dict(loaded.labels)
     chosen = _target(index_of(target, labels), index_of(against, labels))
     pixels = _pixels(loaded.preprocess(picture)).to(device)
-    explainer = How(rules, backend, fallback, cache).compile(loaded.model, pixels)
+    compared = image_reference(reference, lambda path: _pixels(loaded.preprocess(_picture(Path(path)))))
+    explainer = How(rules, backend, fallback, cache, compared).compile(loaded.model, pixels)
     with working("explaining"):
         explanation = explainer(pixels, target=chosen)
     if loaded.picture is not None:
@@ -125,6 +138,7 @@ def table(
     drop: Drop = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="A class: its name or number. "
                                                                      "Default: what the model predicts.")] = None,
+    reference: TableReference = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, top: Top = 24, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
     tolerance: Tolerance = 1e-4,
@@ -135,7 +149,9 @@ def table(
     """
     output = Output(top, html, png, save, check, tolerance)
     output.check_names()
-    names, numbers = _row(given, row, tuple(drop or ()))
+    data = Table.read(given, drop or ())
+    names, numbers = list(data.names), data.row(row)
+    compared = table_reference(reference, data)
     import torch
 
     from dlbc.built import load_built
@@ -147,7 +163,7 @@ def table(
     if isinstance(example, torch.Tensor) and example.ndim == 2 and example.shape[1] != len(names):
         raise InputError(f"the model takes {example.shape[1]} columns, the data has {len(names)}: {', '.join(names)}",
                          where=str(given), hint="leave the others out with --drop NAME")
-    explainer = How(rules, backend, fallback, cache).compile(built.model.to(device), values)
+    explainer = How(rules, backend, fallback, cache, compared).compile(built.model.to(device), values)
     with working("explaining"):
         explanation = explainer(values, target=_target(index_of(target, dict(built.labels)), None))
     output.deliver(explanation.with_features(names).with_labels(built.labels))
@@ -240,30 +256,3 @@ def _pixels(pixels: Any) -> Any:
         shown = list(pixels.shape) if hasattr(pixels, "shape") else type(pixels).__name__
         raise InputError(f"preprocess returned {shown}", hint="it returns a tensor [1,C,H,W] or [C,H,W]")
     return pixels if pixels.ndim == 4 else pixels[None]
-
-
-def _row(path: Path, row: int, drop: tuple[str, ...]) -> tuple[list[str], list[float]]:
-    """The names of the columns and the numbers of one row. InputError for what is no number."""
-    import csv
-
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", hint="check the name")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = [one for place, one in enumerate(reader) if place == row]
-        count, columns = reader.line_num - 1, list(reader.fieldnames or ())
-    unknown = [name for name in drop if name not in columns]
-    if unknown:
-        raise InputError(f"there is no column {unknown[0]!r}", where=str(path), hint=f"columns: {', '.join(columns)}")
-    if not rows:
-        raise InputError(f"there is no row {row}", where=str(path), hint=f"the data has {count} rows, the first is 0")
-    names = [name for name in columns if name not in drop]
-    numbers = []
-    for name in names:
-        try:
-            numbers.append(float(rows[0][name]))
-        except (TypeError, ValueError) as problem:
-            raise InputError(f"column {name!r} of row {row} holds {rows[0][name]!r}, which is no number",
-                             where=str(path), hint=f"leave it out with --drop {name}, or encode it as the model expects"
-                             ) from problem
-    return names, numbers

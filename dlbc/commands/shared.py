@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from dlbc_runtime.explainer import Explainer
     from dlbc_runtime.explanation import Explanation
+    from dlbc_runtime.reference import Reference
 
 _HOW, _OUT = "How to explain", "Where to put it"
 
@@ -110,6 +111,7 @@ class How:
     backend: str = "auto"
     fallback: str | None = None
     cache: bool = True
+    reference: Reference | None = None
 
     def compile(self, model: Any, inputs: object) -> Explainer:
         """The explainer of a model."""
@@ -117,7 +119,7 @@ class How:
 
         with working("compiling"):
             return compile_model(model, inputs, rules=self.rules, backend=self.backend, fallback=self.fallback,
-                                 cache=self.cache)
+                                 cache=self.cache, reference=self.reference)
 
 
 def console() -> Console:

@@ -181,7 +181,7 @@ def _column(explanation: Explanation, place: int, title: str, several: bool) -> 
     facts = [("model", method.model)] if method.model != title else []
     facts += [] if several else [("rules", explanation.rules)]  # which are the heading of a column
     facts += [("shown", CONTRASTIVE)] if explanation.contrastive else []
-    facts += [("backend", method.backend)]
+    facts += [("compared with reference", method.reference), ("backend", method.backend)]
     facts += [("seed × ", f"{method.multiplier:g}")] if method.multiplier != 1 else []
     facts += [("relevance × ", f"{method.scaler:g}")] if method.scaler != 1 else []
     facts += [(stage, seconds(time)) for stage, time in method.seconds.items()]

@@ -42,6 +42,7 @@ def draw(explanation: Explanation, *, dpi: int = 150) -> bytes:
         about = str(card.explained) if card.explained is not None else "the output"
         row = f"row {card.row} · " if explanation.rows > 1 else ""
         rules = f" · {explanation.rules}" if explanation.rules else ""
+        rules += f" · reference {explanation.method.reference}" if explanation.method.reference else ""
         name = f" · {panel.input}" if len(card.panels) > 1 else ""
         lost = int(panel.relevance.size - np.isfinite(panel.relevance).sum())
         wrong = f" · {lost} not finite" if lost else ""

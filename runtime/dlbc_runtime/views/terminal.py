@@ -72,6 +72,8 @@ def _heading(explanation: Explanation, card: Card) -> Line:
         name = card.explained.name
         line.append(name, style="bold").append(str(card.explained)[len(name):])
     line.append(f", rules {explanation.rules}" if explanation.rules else "", style="dim")
+    compared = explanation.method.reference
+    line.append(f", compared with reference {compared}" if compared else "", style="dim")
     return line.append(f": {CONTRASTIVE}" if explanation.contrastive else "", style="dim")
 
 
