@@ -101,6 +101,13 @@ def _peak() -> float:
         resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def standing(name: str) -> list[dict[str, object]]:
+    """The rows that benchmarks/results/<name>.json holds; none where there is no such file."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return rows
+
+
 def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Print a table of rows and keep them, with the machine's facts, as benchmarks/results/<name>.json."""
     from rich.console import Console

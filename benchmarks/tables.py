@@ -28,7 +28,8 @@ def table(measured: Mapping[str, object] | None) -> str:
         "gradient with respect to the input of the same model. Both run in turn in one process; the table shows the",
         "median of the ratios, and in brackets the smallest and largest. For the language model the baseline computes",
         "the head at the last position only. `torch` backend, float32, random weights.",
-        "", "| model | rules | time ÷ (forward + gradient) | added memory ÷ the same |", "|---|---|---|---|",
+        "", "| model | rules | time ÷ (forward + gradient) | we want at most | added memory ÷ the same |",
+        "|---|---|---|---|---|",
         *(_row(row) for row in rows if row["case"] != BASELINE),
         "", f"Measured by [`benchmarks/cost.py`](benchmarks/cost.py) on {_machine(machine)}."]
     return "\n".join(lines) + "\n"
@@ -51,7 +52,13 @@ def measured() -> Mapping[str, object] | None:
 
 def _row(row: Mapping[str, object]) -> str:
     median, low, high, memory = (float(str(row[name])) for name in ("median", "min", "max", "memory ratio"))
-    return f"| {row['model']} | `{row['case']}` | {median:.2f} ({low:.2f} to {high:.2f}) | {memory:.2f} |"
+    return (f"| {row['model']} | `{row['case']}` | {median:.2f} ({low:.2f} to {high:.2f}) | {_target(row)} "
+            f"| {memory:.2f} |")
+
+
+def _target(row: Mapping[str, object]) -> str:
+    target = row.get("target", row.get("limit"))
+    return "" if target is None else f"{float(str(target)):.2f}"
 
 
 def _machine(machine: Mapping[str, object]) -> str:

@@ -141,6 +141,8 @@ for _x, _dtype in ((WIDE, "i32"), (WIDE, "bool"), (INTS, "u8"), (INTS, "f32"), (
     case("cast", _x, expected=lambda x, to=_dtype: x.to(DTYPES[to]), dtype=_dtype)
 case("stabilise", torch.tensor([-1., -0., 0., 1e-9, 2.]), expected=lambda x: torch.where(
     x >= 0, x + 1e-9, x - 1e-9))
+case("relu_adjoint", torch.tensor([[2., 3., -1.], [4., -5., 6.]]), torch.tensor([0.5, 0., -0.3]),
+     expected=lambda r, x: r * (x > 0))
 case("damp", torch.tensor([[2., 3., -1.]]), torch.tensor([0., 0.1, -0.3]), expected=lambda m, y: m * y.abs() / (
     y.abs() + 0.1), eps=0.1)
 case("stabilise", SMALL, expected=lambda x: torch.where(x >= 0, x + 0.1, x - 0.1), eps=0.1)

@@ -277,6 +277,12 @@ def damp(m: Type, y: Type, *, eps: float = STABILISER) -> Type:
     return Type(m.dtype, broadcast(m.shape, y.shape))
 
 
+@op("relu_adjoint", elementwise=True)
+def relu_adjoint(r: Type, x: Type) -> Type:
+    """r where x > 0, else 0."""
+    return Type(r.dtype, broadcast(r.shape, x.shape))
+
+
 def _binary(name: str, summary: str, *, dtype: str = "", floating: bool = False) -> None:
     def infer_binary(a: Scalar, b: Scalar) -> Type:
         found = dtype or promote(a, b)

@@ -19,6 +19,7 @@ _ZERO_TO_ZERO = frozenset({
     "triangle", "gather", "take", "take_adjoint", "index", "index_adjoint", "sum", "mean", "cast", "neg", "abs",
     "relu", "avg_pool", "avg_pool_adjoint", "adaptive_avg_pool", "adaptive_avg_pool_adjoint", "max_pool_adjoint",
     "adaptive_max_pool_adjoint", "interpolate", "interpolate_adjoint", "cumsum",
+    "relu_adjoint",
 })
 """Ops that return zeros for a first operand of zeros, whatever else they read."""
 

@@ -49,14 +49,16 @@ class Arrays(Mapping[str, Array]):
 
 def as_numpy(value: object) -> Array:
     """`value` (array, torch tensor on any device, number or nested list) as a numpy array."""
-    array = np.asarray(_from_torch(value) if hasattr(value, "detach") else value)
+    array = _from_torch(value) if hasattr(value, "detach") else np.asarray(value)
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _from_torch(tensor: Any) -> Array:  # recognised by what it can do: this package runs without torch
-    plain = tensor.detach().cpu()
-    short = str(plain.dtype) in ("torch.bfloat16", "torch.float16")
-    return np.asarray((plain.float() if short else plain).numpy())
+    plain = tensor.detach()
+    plain = plain if plain.device.type == "cpu" else plain.cpu()
+    short = plain.element_size() == 2 and plain.is_floating_point()
+    found: Array = (plain.float() if short else plain).numpy()
+    return found
 
 
 def array_to_json(array: Array) -> dict[str, Json]:

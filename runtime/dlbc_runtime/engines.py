@@ -100,7 +100,8 @@ class TorchEngine:
 
     def array(self, value: Array) -> Any:
         """The array as a tensor on the model's device."""
-        return self.torch.from_numpy(np.ascontiguousarray(value)).to(self.device)
+        tensor = self.torch.from_numpy(np.ascontiguousarray(value))
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def like(self, value: Array, other: Any) -> Any:
         """The array as a tensor of the element type and on the device of `other`."""

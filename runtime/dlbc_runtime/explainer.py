@@ -70,6 +70,7 @@ class Explainer:
                  reference: Reference | None = None) -> None:
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
+        self._manifest = self._programs[self._default].manifest
         self._weights = dict(weights)
         self._build, self._recompile, self._draw = build, recompile, draw
         self._recipe = dict(recipe or {})
@@ -86,7 +87,7 @@ class Explainer:
     @property
     def manifest(self) -> Manifest:
         """What is known about the default program: model, rules, inputs, outputs, weights, versions."""
-        return self._programs[self._default].manifest
+        return self._manifest
 
     @property
     def programs(self) -> Mapping[Variant, Program]:
@@ -182,9 +183,10 @@ class Explainer:
                              where="target", hint="leave `position` out")
         if self.manifest.streams > 1:
             check_contrastive(targets, multiplier)
-        variant = replace(self._default, keep=keep or self._default.keep, output=output or self._default.output,
-                          all_positions=positions == "all" or self._default.all_positions,
-                          dense=self._default.dense or any(one.weighs for one in targets))
+        variant, weighs = self._default, any(one.weighs for one in targets)
+        if keep or output or positions == "all" or weighs:
+            variant = replace(variant, keep=keep or variant.keep, output=output or variant.output,
+                              all_positions=positions == "all" or variant.all_positions, dense=weighs or variant.dense)
         found = _Call(self, variant, given, targets, many, multiplier, scaler, compared).run()
         return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
 
@@ -226,6 +228,9 @@ class Explainer:
         return found
 
     def _load(self, variant: Variant) -> _Loaded:
+        found = self._loaded.get(variant)
+        if found is not None:
+            return found
         with self._lock:
             if variant not in self._loaded:
                 if variant not in self._programs:

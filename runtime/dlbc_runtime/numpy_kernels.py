@@ -120,6 +120,11 @@ def prelu(x: Array, slope: Array) -> Array:
     return np.where(x > 0, x, _channels(slope, x) * x)
 
 
+def relu_adjoint(r: Array, x: Array) -> Array:
+    """r where x > 0, else 0."""
+    return np.where(x > 0, r, r.dtype.type(0))
+
+
 def damp(m: Array, y: Array, eps: float) -> Array:
     """`m |y| / (|y| + eps)`."""
     size = np.abs(y)

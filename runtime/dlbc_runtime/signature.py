@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from dlbc_runtime.errors import InputError
@@ -89,12 +90,12 @@ class InputSpec:
     sizes: Mapping[str, tuple[int, int]] | None = None
     conditions: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The tensor inputs, in the order of the compiled forward's parameters."""
         return tuple(spec for tree in self.trees.values() for spec in leaves(tree) if isinstance(spec, TensorSpec))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the tensor inputs, in the order of the compiled forward's parameters."""
         return tuple(spec.name for spec in self.tensors)
@@ -196,12 +197,12 @@ class OutputSpec:
 
     tree: Tree
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The tensor outputs in order."""
         return tuple(spec for spec in leaves(self.tree) if isinstance(spec, TensorSpec))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the tensor outputs in order: `logits`, `extra.0`, or `output` for a lone tensor."""
         return tuple(spec.name for spec in self.tensors)
@@ -238,6 +239,11 @@ def dtype_name(tensor: Any) -> str:
 def evaluate(text: str, sizes: Mapping[str, int]) -> int:
     """The number that a size expression such as `2*T + 1` stands for. Arithmetic only: the text is data."""
     return _evaluate(ast.parse(text, mode="eval").body, sizes)
+
+
+def evaluate_parsed(expression: ast.expr, sizes: Mapping[str, int]) -> int:
+    """`evaluate`, of an expression that was parsed before."""
+    return _evaluate(expression, sizes)
 
 
 def holds(condition: str, sizes: Mapping[str, int]) -> bool:

@@ -136,22 +136,37 @@ class Target:
         if self.kind in ("labels", "binary") or (self.kind == "regression" and self.chosen is None):
             return self._together(rows, name, positions, number, signed, rows if shown is None else shown)
         batch, count = rows.shape
-        every = np.arange(batch)
         chosen = rows.argmax(-1) if self.kind == "predicted" else _rows(_given(self.chosen), batch, "target", count)
-        against = _rows(_given(self.against), batch, "target", count) if self.kind == "difference" else None
-        likely = _softmax(rows) if count > 1 and against is None and self.kind != "regression" else None
+        every = np.arange(batch)
+        values = rows[every, chosen]
+        if self.kind == "difference":
+            return self._difference(rows, name, positions, number, chosen, signed)
+        likely = _probabilities(rows, values) if count > 1 and self.kind != "regression" else [None] * batch
+        places = [None] * batch if positions is None else positions.tolist()
+        explained = tuple(
+            Explained(row, number, name, index if count > 1 else None, None, place, value, probability)
+            for row, (index, place, value, probability) in enumerate(
+                zip(chosen.tolist(), places, values.tolist(), likely, strict=True)))
+        weights = np.where(values < 0, np.float32(-1), np.float32(1)) if signed else np.ones(batch, np.float32)
+        return Seed(chosen[:, None], weights[:, None], explained)
+
+    def _difference(self, rows: Array, name: str, positions: Array | None, number: int, chosen: Array, signed: bool
+                    ) -> Seed:
+        """One number of each row less another one."""
+        batch, count = rows.shape
+        against = _rows(_given(self.against), batch, "target", count)
+        every = np.arange(batch)
         explained = tuple(Explained(
-            int(row), number, name, int(chosen[row]) if count > 1 else None,
-            int(against[row]) if against is not None else None,
-            int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]),
-            float(likely[row, chosen[row]]) if likely is not None else None) for row in every)
-        indices = chosen[:, None] if against is None else np.stack([chosen, against], 1)
-        weights = np.broadcast_to(np.array([1.0, -1.0], np.float32)[:indices.shape[1]], indices.shape)
+            row, number, name, int(chosen[row]) if count > 1 else None, int(against[row]),
+            int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]))
+            for row in range(batch))
+        indices = np.stack([chosen, against], 1)
+        weights = np.broadcast_to(np.array([1.0, -1.0], np.float32), indices.shape)
         if signed:
             parts = weights * rows[every[:, None], indices]
             size = np.abs(parts.sum(1, keepdims=True))
             weights = parts / np.maximum(size, 1e-6 * np.abs(parts).max(1, keepdims=True) + 1e-30)
-            weights = np.where(parts == 0, 0, weights) if against is not None else np.where(parts < 0, -1, 1)
+            weights = np.where(parts == 0, 0, weights)
         return Seed(indices, weights.astype(np.float32), explained)
 
     def _together(self, rows: Array, name: str, positions: Array | None, number: int, signed: bool, shown: Array
@@ -297,7 +312,9 @@ def _given(rows: Rows | None) -> Rows:
     return rows
 
 
-def _softmax(rows: Array) -> Array:
-    shifted = np.exp((rows - rows.max(-1, keepdims=True)).astype(np.float64))
-    result: Array = shifted / shifted.sum(-1, keepdims=True)
-    return result
+def _probabilities(rows: Array, values: Array) -> list[float]:
+    """The softmax of each row at its value."""
+    top = rows.max(-1)
+    whole = np.exp(np.subtract(rows, top[:, None], dtype=np.float64)).sum(-1)
+    found: list[float] = (np.exp(np.subtract(values, top, dtype=np.float64)) / whole).tolist()
+    return found

@@ -46,6 +46,18 @@ def damp_(m: Tensor, y: Tensor, eps: float) -> Tensor:
     return m.addcdiv_(m, y.abs().add_(eps), value=-eps)
 
 
+def relu_adjoint(r: Tensor, x: Tensor) -> Tensor:
+    """r where x > 0, else 0: one pass over memory."""
+    found: Tensor = torch.ops.aten.threshold_backward(r, x, 0)
+    return found
+
+
+def relu_adjoint_(r: Tensor, x: Tensor) -> Tensor:
+    """`relu_adjoint`, written over r."""
+    found: Tensor = torch.ops.aten.threshold_backward.grad_input(r, x, 0, grad_input=r)
+    return found
+
+
 def safe_div(a: Tensor | float, b: Tensor | float) -> Tensor:
     """`a / b`, 0 where b is 0 (a finite)."""
     if isinstance(b, Tensor):

@@ -34,7 +34,7 @@ TABLE: dict[str, Expression] = {
     "cast": "{a:i}.astype({dtype}, copy=False)",
     "clamp": "np.clip({a:t}, {low}, {high})",
     "stabilise": "np.where({a} < 0, {a} - {eps}, {a} + {eps})",
-    "damp": "kernels.damp({a:t}, {b:t}, {eps})",
+    "damp": "kernels.damp({a:t}, {b:t}, {eps})", "relu_adjoint": "kernels.relu_adjoint({a:t}, {b})",
     "safe_div": "kernels.safe_div({a:t}, {b:t})",
     "maximum": "np.maximum({a:t}, {b:t})",
     "minimum": "np.minimum({a:t}, {b:t})",

@@ -29,6 +29,7 @@ TABLE: dict[str, Expression] = {
     "cast": "{a:i}.to({dtype})",
     "stabilise": "kernels.stabilise({a}, {eps})",
     "damp": "kernels.damp({a:t}, {b:t}, {eps})",
+    "relu_adjoint": "kernels.relu_adjoint({a:t}, {b})",
     "safe_div": "kernels.safe_div({a:t}, {b:t})",
     # reductions and scans
     "cumsum": "torch.cumsum({a}, {dim})",
@@ -64,6 +65,7 @@ OVERWRITING: dict[str, Expression] = {
         "abs", "neg", "relu")},
     "add": "{a}.add_({b})", "sub": "{a}.sub_({b})", "mul": "{a}.mul_({b})", "div": "{a}.div_({b})",
     "damp": "kernels.damp_({a}, {b:t}, {eps})",
+    "relu_adjoint": "kernels.relu_adjoint_({a}, {b})",
     "safe_div": "kernels.safe_div_({a}, {b:t})",
     "stabilise": "kernels.stabilise_({a}, {eps})",
     "negative_part": "{a}.clamp_(max=0)",

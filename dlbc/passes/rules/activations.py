@@ -22,7 +22,7 @@ def identity(at: Expansion, op: Op, m: Value) -> Contributions:
     x, y = at.read(op.operands[position]), at.read(op.result)
     if op.name == "prelu":
         return only(op, 0, at.mul(m, _prelu_slope(at, op, x)))
-    found = at.mul(m, slope(at, op.name, op.attrs, x, y))
+    found = at.relu_adjoint(m, x) if op.name == "relu" else at.mul(m, slope(at, op.name, op.attrs, x, y))
     if op.name not in CLOSED:
         at.absorb("stabiliser", at.sub(at.mul(at.finite(y), m), at.mul(at.finite(x), found)))
     return only(op, position, _narrowed(at, op, position, found))
@@ -49,6 +49,8 @@ def gradient(at: Expansion, op: Op, m: Value) -> Contributions:
         return only(op, 0, at.mul(m, _prelu_slope(at, op, x)))
     if op.name == "pow":
         return _pow_gradient(at, op, m)
+    if op.name == "relu":
+        return only(op, 0, at.relu_adjoint(m, x))
     return only(op, 0, at.mul(m, derivative(at, op.name, op.attrs, x, y)))
 
 
