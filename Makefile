@@ -28,7 +28,7 @@ demo: venv  ## explain real inputs of real models; writes demo/
 test: venv  ## run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers
+peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers (what they cost: benchmarks/cost_peers.py)
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 lint: venv  ## ruff, mypy --strict, import directions
@@ -40,7 +40,7 @@ fmt: venv  ## let ruff sort imports and fix what it can
 	$(PY) -m ruff check --fix .
 
 bench: venv  ## run every benchmark (one file per claim in the README; the peers' have their own environment)
-	@set -e; for file in $(filter-out benchmarks/peers.py benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	@set -e; for file in $(filter-out benchmarks/peers.py benchmarks/cost_peers.py benchmarks/_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$file"; $(PY) $$file $(ARGS); done
 
 faithful: venv  ## measure how faithful each preset is, on trained models (hours; resumes), and write the tables

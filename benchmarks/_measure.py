@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,15 +102,28 @@ def _peak() -> float:
         resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def standing(name: str) -> list[dict[str, object]]:
-    """The rows that benchmarks/results/<name>.json holds; none where there is no such file."""
+def kept(name: str) -> dict[str, Any]:
+    """What benchmarks/results/<name>.json holds; no rows where there is no such file."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    rows: list[dict[str, object]] = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return rows
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+    return found
 
 
-def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print a table of rows and keep them, with the machine's facts, as benchmarks/results/<name>.json."""
+def write_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two markers of a page. ValueError where the page lacks one."""
+    page.write_text(section(page.read_text(encoding="utf-8"), begin, end, text), encoding="utf-8")
+
+
+def section(page: str, begin: str, end: str, text: str) -> str:
+    """A page with a text between two markers. ValueError where it lacks one."""
+    before, found, rest = page.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"the page lacks `{begin}` or `{end}`")
+    return before + begin + "\n" + text + end + rest.partition(end)[2]
+
+
+def report(name: str, rows: Sequence[Mapping[str, object]], **facts: object) -> None:
+    """Print a table of rows and keep them, with the machine's facts (and others), as benchmarks/results/<name>.json."""
     from rich.console import Console
     from rich.table import Table
 
@@ -121,4 +135,5 @@ def report(name: str, rows: Sequence[Mapping[str, object]]) -> None:
     Console().print(table)
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    found = {"machine": machine() | facts, "rows": list(rows)}
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _cases import BASELINE, MODELS, Run
-from _measure import added_memory, interleaved, peak_memory, ratios, report, standing
+from _measure import added_memory, interleaved, kept, peak_memory, ratios, report
 
 TARGETS: dict[str, dict[str, float]] = {
     "LLaMA 8 x 512, 128 tokens": {"cp-lrp": 0.75, "attnlrp": 0.9, "dlb": 1.35},
@@ -51,7 +51,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, targets in TARGETS.items():
         if options.only not in name:
-            rows += [row for row in standing("cost") if row["model"] == name]
+            rows += [row for row in kept("cost")["rows"] if row["model"] == name]
             continue
         runs = options.runs if name != "MLP 30-64-2, 1 row" else 40 * options.runs
         timed = ratios(interleaved(cases(name, list(targets)), runs=runs), BASELINE)

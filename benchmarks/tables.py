@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "cost.json"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _measure import kept, section
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- cost: begin (python benchmarks/tables.py) -->", "<!-- cost: end -->"
 BASELINE = "forward + gradient"
 
@@ -37,17 +40,13 @@ def table(measured: Mapping[str, object] | None) -> str:
 
 def page(text: str, measured: Mapping[str, object] | None) -> str:
     """README.md with a current table."""
-    before, found, rest = text.partition(BEGIN)
-    assert found and END in rest, f"README.md lacks `{BEGIN}` or `{END}`"
-    return before + BEGIN + "\n" + table(measured) + END + rest.partition(END)[2]
+    return section(text, BEGIN, END, table(measured))
 
 
 def measured() -> Mapping[str, object] | None:
     """What was measured last; None where nothing was."""
-    if not RESULTS.is_file():
-        return None
-    found: dict[str, object] = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return found
+    found = kept("cost")
+    return found if found["rows"] else None
 
 
 def _row(row: Mapping[str, object]) -> str:
@@ -57,8 +56,7 @@ def _row(row: Mapping[str, object]) -> str:
 
 
 def _target(row: Mapping[str, object]) -> str:
-    target = row.get("target", row.get("limit"))
-    return "" if target is None else f"{float(str(target)):.2f}"
+    return f"{float(str(row['target'])):.2f}" if "target" in row else ""
 
 
 def _machine(machine: Mapping[str, object]) -> str:
