@@ -2,10 +2,12 @@
 #
 #   make test ARGS="-k attention"     only some tests
 #   make test WORKERS=8               more test processes (each needs about 2 GiB)
+#   make fuzz MINUTES=60              longer
 #   make demo PYTHON=python3.12       another Python (3.11 or newer)
 
 PYTHON  ?= python3
 WORKERS ?= 2
+MINUTES ?= 10
 ARGS    ?=
 
 VENV := .venv
@@ -15,7 +17,7 @@ PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test peers lint fmt bench faithful clean
+.PHONY: help venv demo test fuzz peers lint fmt bench faithful clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +29,9 @@ demo: venv  ## explain real inputs of real models; writes demo/
 
 test: venv  ## run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+fuzz: venv  ## try the passes on random models for MINUTES=10, until one shows a bug
+	PYTHONPATH=.:runtime $(PY) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers (what they cost: benchmarks/cost_peers.py)
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)

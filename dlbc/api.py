@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dlbc.compiler import compile_now
 from dlbc.errors import InputError
 from dlbc.options import Options
+from dlbc_runtime.memory import as_bytes
 from dlbc_runtime.program import Variant
 from dlbc_runtime.reference import Reference
 
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Composite = "auto", backend: str = "auto",
             dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
-            dump: str | os.PathLike[str] | None = None, reference: object = None) -> Explainer:
+            dump: str | os.PathLike[str] | None = None, reference: object = None,
+            memory_budget: int | str | None = None, checkpoint: bool = False) -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
@@ -41,6 +43,9 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `dump`: a folder for the IR of every level (also the environment variable DLBC_DUMP).
     `reference`: explain differences to another input, without anything lost in biases: "zero", "mean", "blur", a tensor
     (tuple, dict) like `example_inputs`, or a `dlbc.Reference` (`docs/reference.md`).
+    `memory_budget`: bytes, or text such as "2GB", that calls may take besides the weights: they work on parts of a
+    batch and of many targets, and compute forward values again, as far as needed. `checkpoint`: always compute them
+    again (`docs/memory.md`).
 
     Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
     (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
@@ -53,7 +58,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
     options = Options(rules, "torch" if backend == "auto" else backend, dynamic, explained,
                       fallback, dump_to, None if reference is None else Reference.of(reference))
-    default = Variant(keep=keep, output=output)
+    default = Variant(keep=keep, output=output, checkpoint=checkpoint)
+    budget = None if memory_budget is None else as_bytes(memory_budget)
     if cache and not dump_to:
         from dlbc.cache import cached
 
@@ -61,7 +67,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     else:
         explainer = compile_now(model, args, kwargs, options, default)
     explainer.check(*args, **kwargs)
-    return explainer
+    return explainer if budget is None else explainer.with_options(memory_budget=budget)
 
 
 def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:

@@ -70,7 +70,7 @@ def source_of(artifact: Artifact) -> Source:
             manifest.outputs.names) != len(canonical.forward.results):
         raise ArtifactError("the inputs or outputs of its manifest are not those of its IR", where=artifact.where,
                             hint=_AGAIN)
-    return Source(exported, canonical, manifest.inputs, manifest.outputs, manifest.static)
+    return Source(exported, canonical, manifest.inputs, manifest.outputs, manifest.static, manifest.pad)
 
 
 def weights_of(artifact: Artifact, specs: Mapping[str, WeightSpec], model: torch.nn.Module | None) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """The pipeline on one page: from a PyTorch model to an explainer.
 
-import -> canonicalise (fold, raise) -> sink positions -> pair -> lower -> simplify -> emit
+import -> canonicalise (fold, raise) -> sink positions -> pair -> lower -> simplify -> outline -> emit
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlbc import __version__
 from dlbc.backends import load as load_backend
+from dlbc.backends.footprint import plan_of
+from dlbc.batch import batch_of
 from dlbc.bounds import input_bounds
 from dlbc.errors import InputError
 from dlbc.ir.core import Graph, Weight
@@ -22,18 +24,22 @@ from dlbc.ir.printer import print_graph
 from dlbc.options import Options, recipe_of
 from dlbc.passes import Pass, run
 from dlbc.passes.carriers import explained_inputs
+from dlbc.passes.checkpoint import Checkpoint
 from dlbc.passes.contrast import Contrast
 from dlbc.passes.defer import Defer
 from dlbc.passes.differences import reference_rows
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.hoist_constants import HoistConstants
+from dlbc.passes.inline import Inline
 from dlbc.passes.lower import Lower
+from dlbc.passes.outline import Outline
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions, sequence_output
 from dlbc.passes.sink_targets import SinkTargets
+from dlbc.passes.stream_attention import StreamAttention
 from dlbc_runtime.arrays import Json
 from dlbc_runtime.explainer import Explainer, Recompile
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
@@ -56,6 +62,7 @@ class Source:
     inputs: InputSpec
     outputs: OutputSpec
     static: Mapping[str, str] = field(default_factory=dict)
+    pad: int = 0
 
 
 def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options,
@@ -77,7 +84,7 @@ def compile_now(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     if options.reference is not None:
         options.reference.by_input(imported.inputs, explained_names(graph, imported.inputs))
     canonical = run(graph, CANONICALISE)
-    source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static)
+    source = Source(graph, canonical, imported.inputs, imported.outputs, imported.static, pad_of(model))
     return explainer_of(source, options, default, imported.weights, model=model, recompile=recompile)
 
 
@@ -105,8 +112,9 @@ def build_program(source: Source, options: Options, variant: Variant) -> Program
     composite = options.composite.fitted(source.canonical, variant.output)
     graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
     contrast = composite.contrast == "mean"
-    # The seeds read every number of the output; or those at the reference, which is run before targets are known.
-    whole = variant.dense or composite.streams > 1 or options.reference is not None
+    # The seeds read every number of the output, or those at the reference, which is run before targets are known; or
+    # the relevance of the head itself is kept.
+    whole = variant.dense or composite.streams > 1 or options.reference is not None or variant.keep != "inputs"
     graph = run(graph, () if whole else (SinkTargets(variant.output, contrast=contrast),))
     graph = run(graph, (Contrast(variant.output),) if contrast else ())
     # What is equal becomes one value before reference values are called by the names of values.
@@ -118,22 +126,25 @@ def build_program(source: Source, options: Options, variant: Variant) -> Program
 
 def finish_program(source: Source, options: Options, variant: Variant, paired: Graph) -> Program:
     """One variant, from the paired graph to the generated module."""
-    graph = run(paired, lowering(options, ledger=variant.ledger))
+    graph = run(paired, lowering(options, ledger=variant.ledger, checkpoint=variant.checkpoint))
     texts = {"exported": print_graph(source.exported), "canonical": print_graph(source.canonical),
              "paired": print_graph(paired), "lowered": print_graph(graph)}
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
-    module = load_backend(options.backend).emit(graph)
-    program = Program(describe(source, paired, graph, options.backend, variant.output), module, texts)
+    backend = load_backend(options.backend)
+    module = backend.emit(graph)
+    manifest = replace(describe(source, paired, graph, options.backend, variant.output),
+                       memory=plan_of(graph, backend.overwriting), batch=batch_of(source.canonical), pad=source.pad)
+    program = Program(manifest, module, texts)
     if options.dump:
         (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)
     return program
 
 
-def lowering(options: Options, *, ledger: bool) -> tuple[Pass, ...]:
-    """The passes from level 2 to level 3."""
+def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tuple[Pass, ...]:
+    """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
     return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), HoistConstants(),
-            EliminateDead())
+            EliminateDead(), StreamAttention(), *((Checkpoint(),) if checkpoint else ()), Outline())
 
 
 def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: str) -> Manifest:
@@ -158,6 +169,12 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: 
                     for op in paired.relevance.ops if op.rule is not None),
         versions={"dlbc": __version__}, streams=2 if graph.attrs.get("streams") == 2 else 1,
         bounds=() if graph.attrs.get("reference") else input_bounds(paired), **reference_rows(graph, source.inputs))
+
+
+def pad_of(model: torch.nn.Module) -> int:
+    """The token id that the model's configuration names for padding; 0 without."""
+    found = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return found if isinstance(found, int) and found >= 0 else 0
 
 
 def bind_weights(weights: Mapping[str, Any], backend: str) -> dict[str, Any]:
@@ -187,10 +204,10 @@ def check_weights(weights: Mapping[str, Any]) -> None:
 
 
 def draw(text: str) -> networkx.MultiDiGraph:
-    """The ops of a graph as networkx nodes, with an edge for each value that one reads of another."""
+    """The ops of a graph as networkx nodes, with an edge for each value that one reads of another; calls are opened."""
     import networkx
 
-    drawn, graph = networkx.MultiDiGraph(), parse_graph(text)
+    drawn, graph = networkx.MultiDiGraph(), run(parse_graph(text), (Inline(),))
     for section, part in graph.sections():
         for param in part.params:
             drawn.add_node(param.name, op="input", section=section, type=str(param.type))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlbc.backends import load
-from dlbc.errors import DlbcError, IRError
+from dlbc.errors import DlbcError
 from dlbc.ir.core import Graph
 from dlbc.ir.parser import parse_with_spans
 from dlbc.ir.printer import print_graph
@@ -76,16 +76,10 @@ def rewritten(text: str, file: str, passes: str, *, checked: bool) -> Graph:
         verify(graph, spans)
     if not passes:
         return graph
-    from dlbc.passes import Pass, parse, run
+    from dlbc.passes import parse, run
 
-    def observe(step: Pass, result: Graph) -> None:
-        try:
-            verify(result)
-        except IRError as problem:
-            raise IRError(f"after pass `{step}`: {problem.fact}", where=problem.where,
-                          hint=problem.hint) from problem
-
-    return run(graph, parse(passes), observe=observe if checked else None)
+    steps = parse(passes)
+    return run(graph, steps, verified=checked, reproducer=len(steps) > 1)  # of one pass, the text itself is one
 
 
 def diagnose(text: str, file: str, passes: str, *, checked: bool) -> list[str]:

@@ -64,12 +64,12 @@ class Sites:
 
     @classmethod
     def of(cls, graph: Graph, output: str = "") -> Sites:
-        """The sites of a graph that explains `output`."""
+        """The sites of a graph that explains `output`, or `%scores` of it where targets are sparse."""
         ops = [op for op in graph.forward.ops if op.results]
         carrying = carriers(graph)
         explained = explained_output(graph, output)
-        return cls(_depths(ops, carrying), _heights(ops, carrying, explained.name if explained else ""),
-                   _readers(ops), _sources(ops))
+        end = str(graph.attrs.get("scores") or (explained.name if explained else ""))
+        return cls(_depths(ops, carrying), _heights(ops, carrying, end), _readers(ops), _sources(ops))
 
 
 NOWHERE = Sites()

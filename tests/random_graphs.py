@@ -54,6 +54,8 @@ class Making:
     pool: list[Value]
     weights: dict[str, Array] = field(default_factory=dict)
     declared: dict[str, Weight] = field(default_factory=dict)
+    mask: Value | None = None
+    """The input that says which tokens are there, of models that have one."""
 
     def weight(self, *shape: int, low: float | None = None, kind: str = "f32") -> Weight:
         name = f"w{len(self.weights)}"
@@ -66,24 +68,24 @@ class Making:
 Step = Callable[[Making, Value, Value], Value]
 
 
-def _split(m: Making, x: Value, heads: int = 2) -> Value:
-    return m.at.permute(m.at.reshape(x, shape=(B, T, heads, 2)), dims=(0, 2, 1, 3))
+def split(m: Making, x: Value, heads: int = 2) -> Value:
+    return m.at.permute(m.at.reshape(x, shape=(B, x.type.shape[1], heads, 2)), dims=(0, 2, 1, 3))
 
 
-def _merged(m: Making, x: Value) -> Value:
-    return m.at.reshape(m.at.permute(x, dims=(0, 2, 1, 3)), shape=(B, T, D))
+def merged(m: Making, x: Value) -> Value:
+    return m.at.reshape(m.at.permute(x, dims=(0, 2, 1, 3)), shape=(B, x.type.shape[2], D))
 
 
 def _attention(m: Making, a: Value, b: Value) -> Value:
     """Self- or cross-attention, fused; two query heads share one key head."""
-    q = _split(m, m.at.linear(a, m.weight(D, D)))
-    k, v = (_split(m, m.at.linear(b, m.weight(2, D)), heads=1) for _ in range(2))
-    return _merged(m, m.at.attention(q, k, v, scale=0.7, causal=bool(m.rng.integers(2))))
+    q = split(m, m.at.linear(a, m.weight(D, D)))
+    k, v = (split(m, m.at.linear(b, m.weight(2, D)), heads=1) for _ in range(2))
+    return merged(m, m.at.attention(q, k, v, scale=0.7, causal=bool(m.rng.integers(2))))
 
 
 def _turned(m: Making, a: Value, b: Value) -> Value:
     """Attention with rotary positions on all channels, or on some of them."""
-    q, k, v = (_split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
+    q, k, v = (split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
     width = q.type.shape[-1]
     assert isinstance(width, int)
     cos, sin = m.weight(T, width), m.weight(T, width)
@@ -91,16 +93,16 @@ def _turned(m: Making, a: Value, b: Value) -> Value:
     q, k = (m.at.rotary(x, cos, sin, interleaved=interleaved) for x in (q, k))
     if m.rng.integers(2):
         q, k, v = (m.at.cat(x, m.at.abs(x), dim=-1) if x is not v else x for x in (q, k, v))
-    return _merged(m, m.at.attention(q, k, v, scale=0.7))
+    return merged(m, m.at.attention(q, k, v, scale=0.7))
 
 
 def _written_out(m: Making, a: Value, b: Value) -> Value:
     """Attention from its parts, with a mask of -inf."""
-    q, k, v = (_split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
+    q, k, v = (split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
     scores = m.at.mul(m.at.matmul(q, m.at.permute(k, dims=(0, 1, 3, 2))), 0.7)
     mask = m.weight(T, T)
     m.weights[mask.name] = np.triu(np.full((T, T), -np.inf), 1)
-    return _merged(m, m.at.matmul(m.at.softmax(m.at.add(scores, mask), dim=-1), v))
+    return merged(m, m.at.matmul(m.at.softmax(m.at.add(scores, mask), dim=-1), v))
 
 
 def _everywhere() -> dict[str, Step]:

@@ -1,10 +1,11 @@
 """Backends: each turns a lowered graph into the source of one Python module.
 
-Adding a backend: a folder with `name` and `emit(graph)`, and one line in `BACKENDS`.
+Adding a backend: a folder with `name`, `overwriting` and `emit(graph)`, and one line in `BACKENDS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Protocol, cast
@@ -16,13 +17,15 @@ BACKENDS = {
     "numpy": "dlbc.backends.numpy",
     "torch": "dlbc.backends.torch",
 }
-"""Where each backend is: the module that has its `name` and `emit`."""
+"""Where each backend is: the module that has its `name`, `overwriting` and `emit`."""
 
 
 class Backend(Protocol):
     """What a backend's module offers."""
 
     name: str
+    overwriting: Mapping[str, object]
+    """The ops that it can write over an operand that dies."""
 
     def emit(self, graph: Graph) -> str:
         """The source of a module with `prepare`, `forward` and, where the graph has it, `relevance`."""

@@ -15,7 +15,7 @@ from dlbc.ir.dims import Sym
 WIDTH = 108
 """Columns of generated code."""
 
-RESERVED = frozenset({*keyword.kwlist, "max", "min", "slice", "range", "tuple", "w", "p", "state", "device",
+RESERVED = frozenset({*keyword.kwlist, "max", "min", "slice", "range", "tuple", "w", "p", "state", "given", "device",
                       "torch", "F", "np", "kernels", "inf", "nan", "prepare", "forward", "relevance",
                       "INPUTS", "OUTPUTS", "SEEDS", "RELEVANCE"})
 """Names that generated code gives another meaning to."""
@@ -69,6 +69,12 @@ def assigned(names: Sequence[str], source: str) -> list[str]:
     if len(left) + len(source) + 7 <= WIDTH:
         return [f"{left} = {source}"]
     return ["(", *wrapped(left), f") = {source}"]
+
+
+def deleted(names: Sequence[str]) -> list[str]:
+    """`del a, b`, over several lines where it is long."""
+    line = f"del {', '.join(names)}"
+    return ([line] if len(line) <= WIDTH else listed(names, "del (", ")")) if names else []
 
 
 def listed(names: Sequence[str], opening: str, closing: str) -> list[str]:

@@ -5,7 +5,7 @@ Each section is one Python function, each value a local variable that is deleted
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dlbc.backends.liveness import deaths, reusable
-from dlbc.backends.names import Names, assigned, is_size, listed, literal
+from dlbc.backends.names import Names, assigned, deleted, is_size, listed, literal, tuple_of
 from dlbc.backends.site import Dialect, Expression, Scope, Site
 from dlbc.errors import IRError, UnsupportedOpError
 from dlbc.ir.core import Attr, Function, Graph, Kernel, Op, Section, Value, Weight, values
@@ -29,7 +29,10 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class PythonFunction:
-    """A Python function as text; `sizes` and `weights` are what a called function asks its caller for."""
+    """A Python function as text; `sizes` and `weights` are what a called function asks its caller for.
+
+    `inner`: it is called by others of the module, which have what the dialect's decorators give.
+    """
 
     name: str
     params: tuple[str, ...]
@@ -37,6 +40,12 @@ class PythonFunction:
     lines: tuple[str, ...]
     sizes: tuple[str, ...] = ()
     weights: bool = False
+    inner: bool = False
+
+    @property
+    def header(self) -> list[str]:
+        """`def name(parameters):`"""
+        return listed(self.params, f"def {self.name}(", "):")
 
 
 def emit_module(graph: Graph, dialect: Dialect) -> str:
@@ -167,8 +176,12 @@ class _Module:
             return self.dialect.no_device
         return self.dialect.device.format(source)
 
-    def call(self, site: Site) -> str:
-        """A call of one of the graph's functions, which is written at its first call."""
+    def call(self, site: Site, dying: Collection[str]) -> list[str]:
+        """A call of one of the graph's functions, which is written at its first call.
+
+        Values are handed over in a list that the function empties: those in `dying`, which the caller reads no more,
+        are then freed as early in the function as they would be outside of it.
+        """
         name = str(site.op.attrs.get("function"))
         if name not in self.graph.functions:
             raise IRError(f"the graph has no function `@{name}`", where=f"#{site.op.place}",
@@ -178,25 +191,38 @@ class _Module:
         function = self.functions[name]
         site.scope.sizes |= dict.fromkeys(function.sizes)
         site.scope.weights = site.scope.weights or function.weights
-        arguments = ["w"] * function.weights + site.args() + list(function.sizes)
-        result = f"{function.name}({', '.join(arguments)})"
-        return f"{result}[0]" if len(site.op.results) == 1 else result
+        streamed = site.op.name == "stream"
+        bound = [name for name, o in zip(site.args(), site.op.operands, strict=True)
+                 if isinstance(o, Weight) and not streamed]
+        given = [name for name in site.args() if name not in bound]
+        dead = [site.scope.names[v.name] for v in dict.fromkeys(values(site.op.operands)) if v.name in dying]
+        results = [site.scope.names[result.name] for result in site.op.results]
+        arguments = ["w"] * function.weights + ["given"] * bool(given) + bound + list(function.sizes)
+        called = listed(arguments, f"{function.name}(", ")")
+        if streamed:
+            how = [f"{key}={site.scope.text(value)}" for key, value in site.op.attrs.items() if key != "function"]
+            how += [f"sizes={tuple_of(function.sizes)}"] if function.sizes else []
+            called = listed([function.name, "given", *how], "kernels.stream(", ")")
+        return [*(listed(given, "given = [", "]") if given else []), *deleted(dead),
+                *assigned(results, called[0]), *called[1:]]
 
     def function(self, function: Function) -> PythonFunction:
         """A repeated block: its parameters, then the sizes that their shapes do not tell."""
         names = Names(self.taken)
         weights = frozenset(p.name for p in function.params if isinstance(p, Weight))
         params = tuple(p for p in function.params if isinstance(p, Value))
-        texts = [names[f"@{p.name}" if isinstance(p, Weight) else p.name] for p in function.params]
+        bound = [names[f"@{p.name}"] for p in function.params if isinstance(p, Weight)]
         ops = Section(body=function.body).definitions()
         scope = self.scope(names, weights, ops)
         body = self.body(function.body, {v.name for v in function.results}, [p.name for p in params], scope)
         extra = tuple(size for size in scope.sizes if size not in _bindable(params))
         head = self.head(scope, params or function.params, known=extra)
+        given = [*assigned([names[p.name] for p in params], "given"), "given.clear()"] if params else []
         results = listed([names[v.name] for v in function.results], "return (", ")")
+        summary = f"The block `{function.name}`" + ("; it empties `given`." if params else ".")
         return PythonFunction(self.module_names[function.name],
-                              (*(["w"] * scope.weights), *texts, *extra), f"The block `{function.name}`.",
-                              (*head, *body, *results), extra, scope.weights)
+                              (*(["w"] * scope.weights), *(["given"] * bool(params)), *bound, *extra), summary,
+                              (*given, *head, *body, *results), extra, scope.weights, inner=True)
 
     def body(self, items: Sequence[Op | Kernel], keep: set[str], own: Sequence[str],
              scope: Scope) -> list[str]:
@@ -212,9 +238,14 @@ class _Module:
             if op.place and op.place != place:
                 lines.append(f"# {op.place}")
                 place = op.place
-            lines.append(self.line(op, reused.get(number), scope))
-            if dying[number]:
-                lines.append(f"del {', '.join(scope.names[name] for name in dying[number])}")
+            over = dying[number]
+            if op.name in ("call", "stream"):
+                lines += self.call(Site(op, scope), over)
+                handed = {v.name for v in values(op.operands)}
+                over = [name for name in over if name not in handed]
+            else:
+                lines.append(self.line(op, reused.get(number), scope))
+            lines += deleted([scope.names[name] for name in over])
         return lines
 
     def line(self, op: Op, reused: int | None, scope: Scope) -> str:
@@ -225,7 +256,7 @@ class _Module:
         site = Site(op, scope)
         for result in op.results:
             site.dtype(result.type.dtype)
-        right = self.call(site) if op.name == "call" else _written(self.expression(op, table), site)
+        right = _written(self.expression(op, table), site)
         return f"{', '.join(scope.names[result.name] for result in op.results)} = {right}"
 
     def expression(self, op: Op, table: Mapping[str, Expression]) -> Expression:

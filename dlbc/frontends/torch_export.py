@@ -1,6 +1,6 @@
 """A PyTorch model as a level-0 graph, by torch.export.
 
-The model is captured in eval mode, functionalised but not decomposed (`run_decompositions({})`), with
+The model is captured in eval mode, functionalised (if need be) but not decomposed (`run_decompositions({})`), with
 batch and sequence sizes free. Its training flags are put back; nothing else of it changes.
 """
 
@@ -293,7 +293,10 @@ def _without(axes: Axes, gone: Mapping[tuple[str, int], str]) -> Axes:
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """The program without in-place operators. Operators that we have no handler for are decomposed where torch
-    knows how, all others stay as they are."""
+    knows how, all others stay as they are. Most programs are so from the start; running them through the exporter
+    again would cost more than the first time, and change nothing."""
+    if _is_functional(program):
+        return program
     known: Any = torch.export.default_decompositions()
     table: dict[Any, Any] = {}
     for _ in range(_ROUNDS):
@@ -305,6 +308,17 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         if not unknown(program.graph_module):
             break
     return program
+
+
+def _is_functional(program: ExportedProgram) -> bool:
+    """Whether a program consists of known operators only, of which none works in place."""
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate or unknown(program.graph_module):
+        return False
+    called = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+    return all(node.op == "call_function" and (
+        not node.target._schema.is_mutable if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__module__", "") in ("_operator", "math", "torch")) for node in called)
 
 
 def _close(own: Tensor, captured: Tensor) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,11 +24,15 @@ from dlbc.ir.dims import Sym, evaluate
 from dlbc.ir.ops import definition
 from dlbc.ir.reference import REFERENCE
 from dlbc.ir.reference_layers import Array
+from dlbc_runtime.streams import BUDGET, stream
 
 Expand: TypeAlias = "Callable[[Graph, Op], Sequence[Op]]"
 
 CALL = "call"
 """The op that runs a function of the graph: attribute `function`, operands in the order of its parameters."""
+
+STREAM = "stream"
+"""As a call, on some rows of the operands after the others: `passes/stream_attention.py`."""
 
 _INTEGERS = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8}
 
@@ -139,6 +143,8 @@ class _Machine:
         """The results of one op."""
         if op.name == CALL:
             return self.call(op, values, sizes)
+        if op.name == STREAM:
+            return self.stream(op, values, sizes)
         if op.name.startswith("rel."):
             return self.expanded(op, values, sizes)
         entry = definition(op.name)
@@ -191,6 +197,24 @@ class _Machine:
         machine = _Machine(self.graph, self.weights, names, self.expand)
         machine.run(function.body, inner, bind(given, inner, sizes))
         return [inner[result.name] for result in function.results]
+
+    def stream(self, op: Op, values: Mapping[str, Array], sizes: Mapping[str, int]) -> Sequence[Array]:
+        """Run a function on blocks of rows: on three at least, so that it shows where that is not the same."""
+        function = self.graph.functions.get(str(op.attrs.get("function")))
+        if function is None:
+            raise IRError(f"the graph has no function `@{op.attrs.get('function')}`", where=f"#{op.place}",
+                          hint=f"it has {', '.join(self.graph.functions) or 'none'}")
+        params = [param for param in function.params if isinstance(param, Value)]
+        how: dict[str, Any] = {n: _number(value, sizes) for n, value in op.attrs.items() if n != "function"}
+        how["budget"] = min(how.get("budget") or BUDGET, how["width"] * -(-how["rows"] // 3))
+
+        def block(given: list[Array]) -> list[Array]:
+            inner = {param.name: array for param, array in zip(params, given, strict=True)}
+            self.run(function.body, inner, bind(params, inner, sizes))
+            return [inner[result.name] for result in function.results]
+
+        given = [np.asarray(self.read(operand, values, sizes)) for operand in op.operands]
+        return stream(block, given, lambda shape, like: np.zeros(shape, like.dtype), **how)
 
     def expanded(self, op: Op, values: MutableMapping[str, Array], sizes: Mapping[str, int]) -> list[Array]:
         """Run the primitives of a relevance op; only its results are seen outside."""

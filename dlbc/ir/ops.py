@@ -130,8 +130,9 @@ def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
         size: Dim = 1
         for shape in shapes:
             own = shape[position - rank + len(shape)] if position - rank + len(shape) >= 0 else 1
-            require(own == size or own == 1 or size == 1,
-                    f"shapes {' and '.join(_shape(s) for s in shapes)} do not broadcast: {size} against {own}")
+            if not (own == size or own == 1 or size == 1):  # asked first: the text takes longer to make than all else
+                shown = " and ".join(map(_shape, shapes))
+                require(False, f"shapes {shown} do not broadcast: {size} against {own}")
             size = own if size == 1 else size
         result.append(size)
     return tuple(result)

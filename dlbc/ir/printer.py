@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dlbc.ir.core import Attr, Attrs, Function, Graph, Kernel, Op, Operand, Rule, Section, Value, Weight
 from dlbc.ir.dims import Sym
-from dlbc.ir.syntax import RULE_PARAMETERS, quoted, word
+from dlbc.ir.syntax import RULE_PARAMETERS, quoted, quoted_place, word
 
 WIDTH = 110
 ALIGNED = 88
@@ -30,7 +30,7 @@ def print_graph(graph: Graph) -> str:
         parts.append(_section("relevance", graph.relevance))
     if graph.locations:
         parts.append(_table("locations", [
-            (f"#{quoted(place)}", word(at.cls) + (f" {json.dumps(at.source)}" if at.source else ""))
+            (f"#{quoted_place(place)}", word(at.cls) + (f" {json.dumps(at.source)}" if at.source else ""))
             for place, at in graph.locations.items()]))
     return "\n\n".join(parts) + "\n"
 
@@ -146,7 +146,7 @@ def _op(op: Op) -> tuple[str, str, str, str]:
     return (results, f"{word(op.name)}{_rule(op.rule) if op.rule else ''}{target}({operands})"
             f"{_attrs(attrs) if attrs else ''}{f' of %{quoted(op.of)}' if op.of else ''}",
             ", ".join(str(result.type) for result in op.results),
-            f"#{quoted(op.place)}" if op.place else "")
+            f"#{quoted_place(op.place)}" if op.place else "")
 
 
 def _rule(rule: Rule) -> str:

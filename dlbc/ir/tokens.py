@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 
 from dlbc.ir.core import DTYPES
 from dlbc.ir.source import Spans
-from dlbc.ir.syntax import NAME, WORD
+from dlbc.ir.syntax import NAME, PLACE, WORD
 
 Item = TypeVar("Item")
 
@@ -23,7 +23,7 @@ _TOKEN = re.compile(rf"""
   | (?P<float>[0-9]+\.[0-9]+(?:[eE][+-]?[0-9]+)?|[0-9]+[eE][+-]?[0-9]+)
   | (?P<int>[0-9]+)
   | (?P<ref>@(?:{NAME}|{_STRING}))
-  | (?P<place>\#(?:{NAME}|{_STRING}))
+  | (?P<place>\#(?:{PLACE}|{_STRING}))
   | (?P<string>{_STRING})
   | (?P<sign>->|\.\.|//|[()\[\]{{}}<>,;:=+*%-])
   | (?P<unknown>.)

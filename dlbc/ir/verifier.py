@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from dlbc.errors import IRError
 from dlbc.ir.core import DTYPES, Attr, Function, Graph, Kernel, Op, Operand, Section, Type, Value, Weight
-from dlbc.ir.dims import Dim, Sym, symbol, symbols
+from dlbc.ir.dims import Dim, Sym, substitute, symbol, symbols
 from dlbc.ir.ops import infer
 from dlbc.ir.printer import print_op, print_operand
 from dlbc.ir.signature import check
@@ -274,19 +274,31 @@ class _Verifier:
         if function is None:
             self.fail(f"unknown function @{name}", scope.name, op, f"@{name}",
                       nearest(str(name), scope.callable, "@") or "define it above, before it is called")
-        if op.name != "call":
+        if op.name not in ("call", "stream"):
             self.fail(f"`{op.name}` takes no function", scope.name, op, f"@{name}", f"write `call @{name}(...)`")
+        sizes = self.streamed(op, function, scope) if op.name == "stream" else {}
         takes = ", ".join(f"{print_operand(param)} : {param.type}" for param in function.params)
         if len(op.operands) != len(function.params):
             self.fail(f"@{name} takes {len(function.params)} operands, got {len(op.operands)}", scope.name, op,
                       f"@{name}", f"it is @{name}({takes})")
         for param, operand in zip(function.params, op.operands, strict=True):
             found = operand.type if isinstance(operand, (Value, Weight)) else None
-            if found != param.type:
+            if found != _sized(param.type, sizes):
                 self.fail(f"{print_operand(param)} of @{name} is {param.type}, got {print_operand(operand)}"
                           f"{f' : {found}' if found else ''}", scope.name, op,
                           print_operand(operand), f"it is @{name}({takes})")
-        return tuple(result.type for result in function.results)
+        return tuple(_sized(result.type, sizes) for result in function.results)
+
+    def streamed(self, op: Op, function: Function, scope: _Scope) -> dict[str, Dim]:
+        """The sizes that a block's `rows` and `keys` stand for in a whole `stream`."""
+        rows, keys, over, into = (op.attrs.get(name) for name in ("rows", "keys", "over", "into"))
+        known = isinstance(rows, int | Sym) and isinstance(keys, int | Sym) and "width" in op.attrs
+        if not known or not isinstance(over, tuple) or not isinstance(into, tuple) or (
+                (len(over), len(into)) != (len(function.params), len(function.results))):
+            self.fail("`stream` lacks sizes or axes", scope.name, op, "stream",
+                      "it has `rows`, `keys` and `width`; `over` and `into`, the axes of rows and of keys of each "
+                      "operand and of each result")
+        return {"rows": rows, "keys": keys}  # type: ignore[dict-item]
 
     def relevance_op(self, op: Op, scope: _Scope) -> None:
         """A `rel.*` op of level 2, against the forward op that it is paired with."""
@@ -411,6 +423,11 @@ class _Verifier:
         elif isinstance(value, tuple):
             for item in value:
                 self.attr(item, scope, op)
+
+
+def _sized(type_: Type, sizes: Mapping[str, Dim]) -> Type:
+    """A type with sizes put in."""
+    return Type(type_.dtype, tuple(substitute(dim, sizes) for dim in type_.shape))
 
 
 def _explained(type_: Type) -> Type:

@@ -14,7 +14,7 @@ from dlbc.errors import IRError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Value, Weight
 from dlbc.ir.dims import Dim, product
-from dlbc.ir.ops import attr, axis, definition, infer
+from dlbc.ir.ops import OPS, attr, axis, infer
 from dlbc.passes import Pass, register
 from dlbc.passes.match import Dataflow, build, floating, orders, replace_ops, split, type_of
 
@@ -55,7 +55,7 @@ def local(op: Op, flow: Dataflow, at: Builder) -> Operand:
             return same
     rule = _RULES.get(op.name)
     new = rule(op, flow, at) if rule is not None else None
-    if new is None and definition(op.name).elementwise:
+    if new is None and op.name in OPS and OPS[op.name].elementwise:
         new = _literal_operands(op, flow, at)
     return new
 

@@ -27,10 +27,9 @@ class Defer(Pass):
         param = next((p for p in forward.params if p.name == targets), None)
         if param is None or relevance is None:
             return graph
-        late = {param.name}
-        for op in forward.ops:
-            if any(v.name in late for v in values(op.inputs)):
-                late |= {r.name for r in op.results}
+        late = of_targets(graph)
+        if any(r.name in late for r in forward.results):
+            return graph  # what is returned is wanted with the outputs
         moved = tuple(op for op in forward.ops if op.result.name in late)
         stays = tuple(op for op in forward.ops if op.result.name not in late)
         body = tuple(replace(op, of="") if op.of in late else op for op in relevance.ops)  # no forward value any more
@@ -42,3 +41,13 @@ class Defer(Pass):
         if isinstance(inputs, tuple):
             graph = graph.with_attrs(inputs=tuple(name for name in inputs if name != param.name))
         return with_saves(graph)
+
+
+def of_targets(graph: Graph) -> set[str]:
+    """Names of the parameter `graph.attrs["targets"]` and of the forward values that depend on it."""
+    targets = graph.attrs.get("targets")
+    late = {str(targets)} if targets is not None else set[str]()
+    for op in graph.forward.ops if late else ():
+        if any(v.name in late for v in values(op.inputs)):
+            late |= {r.name for r in op.results}
+    return late

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dlbc.ir.core import Graph, Section, Weight, values
+from dlbc.ir.core import Graph, Section, Value, Weight, values
 from dlbc.passes import Pass, register
 from dlbc.passes.differences import with_references
 from dlbc.passes.rewrite import live, with_saves
@@ -24,7 +24,7 @@ class EliminateDead(Pass):
             body = live(graph.relevance.ops, graph.relevance.results)
             graph = with_references(with_saves(replace(graph, relevance=replace(graph.relevance, body=body))))
         relevance, forward = graph.relevance, graph.forward
-        forward = replace(forward, body=live(forward.ops, (*forward.results, *forward.saves)))
+        forward = replace(forward, body=live(forward.ops, (*forward.results, *forward.saves, *_explained(graph))))
         relevance = _unpaired(relevance, forward) if relevance is not None else None
         prepare = _prepared(graph.prepare, [forward] + ([relevance] if relevance else []))
         graph = replace(graph, prepare=prepare, forward=forward, relevance=relevance)
@@ -36,6 +36,13 @@ class EliminateDead(Pass):
         return replace(graph,
                        weights={n: w for n, w in graph.weights.items() if n in weights},
                        locations={p: at for p, at in graph.locations.items() if p in places})
+
+
+def _explained(graph: Graph) -> tuple[Value, ...]:
+    """The forward values whose ops have a `rel.*` op, which is lowered by looking at them."""
+    defined = {r.name: r for op in graph.forward.ops for r in op.results}
+    rules = graph.relevance.ops if graph.relevance is not None else ()
+    return tuple(defined[op.of] for op in rules if op.name.startswith("rel.") and op.of in defined)
 
 
 def _unpaired(relevance: Section, forward: Section) -> Section:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dlbc.errors import IRError
+from dlbc.errors import IRError, LevelError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Value
 from dlbc.ir.ops import STABILISER
@@ -36,7 +36,7 @@ class Lower(Pass):
     def run(self, graph: Graph) -> Graph:
         """The graph with primitives only."""
         if graph.relevance is None:
-            raise IRError("there is no relevance section to lower", hint="run `pair` first")
+            raise LevelError("there is no relevance section to lower", hint="run `pair` first")
         return _Lowering(graph, self.ledger).run()
 
 

@@ -15,7 +15,7 @@ from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attrs, Graph, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Dim, product
 from dlbc.ir.ops import axis
-from dlbc.passes.rewrite import rewrite
+from dlbc.passes.rewrite import rewrite, with_prepared
 
 
 @dataclass
@@ -171,7 +171,10 @@ Raise = Callable[[Op, Dataflow, Builder], "Operand"]
 
 
 def replace_ops(graph: Graph, step: Raise, section: str = "forward") -> Graph:
-    """Offer each op with one result to `step`, in order. Types never change; results stay values."""
+    """Offer each op with one result to `step`, in order. Types never change; results stay values.
+
+    What a step finds in `prepare` it may read: that is returned there, then.
+    """
     flow = Dataflow.of(graph, section)
     kept = {v.name for v in getattr(graph, section).results}
 
@@ -188,4 +191,4 @@ def replace_ops(graph: Graph, step: Raise, section: str = "forward") -> Graph:
             flow.uses[new.name] += flow.uses[op.result.name]
         return (new,)
 
-    return rewrite(graph, offer, section)
+    return with_prepared(rewrite(graph, offer, section))

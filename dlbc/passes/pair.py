@@ -7,6 +7,7 @@ between: `rel.to_relevance`, `rel.to_multiplier`.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from dlbc.composite import Composite, resolve
-from dlbc.errors import InputError, UnsupportedOpError
+from dlbc.errors import InputError, RuleError, UnsupportedOpError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
 from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
 from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
+from dlbc.passes.defer import of_targets
 from dlbc.passes.differences import with_references
 from dlbc.passes.expand import expand_rule, facts
 from dlbc.passes.outputs import FINAL, explainable_outputs, explained_output, input_names, output_names
@@ -31,6 +33,20 @@ from dlbc.selectors import Sites
 _WRITTEN_OUT = {
     "attention": "write the attention out: (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v",
     "linear": "write it as x @ weight.T + bias", "embedding": "write it as weight[ids]"}
+
+
+def read_composite(text: str) -> Composite:
+    """A composite from its JSON text. ValueError for something else."""
+    from dlbc.composite_json import composite_from_json
+
+    return composite_from_json(json.loads(text))
+
+
+def write_composite(composite: Composite) -> str:
+    """A composite as JSON in one line."""
+    from dlbc.composite_json import composite_to_json
+
+    return json.dumps(composite_to_json(composite))
 
 
 @register
@@ -48,7 +64,21 @@ class Pair(Pass):
     output: str = ""
     keep: str = "inputs"
     reference: bool = False
-    rules: Composite | None = field(default=None, repr=False, compare=False)
+    rules: Composite | None = field(default=None, repr=False, compare=False,
+                                    metadata={"read": read_composite, "write": write_composite})
+
+    def for_text(self, graph: Graph) -> Pair:
+        """With the rules fitted to the graph and, where they are those of a preset, called by its name."""
+        if self.rules is None:
+            return self
+        try:
+            if resolve(self.rules.name) == self.rules:
+                return replace(self, composite=self.rules.name, rules=None)
+        except RuleError:
+            pass  # a name of the user's
+        from dlbc.composite_json import without_predicates
+
+        return replace(self, rules=without_predicates(self.rules, graph))
 
     def run(self, graph: Graph) -> Graph:
         """The graph with its relevance section."""
@@ -131,16 +161,18 @@ class _Pairing:
         return output, ""
 
     def _kept(self) -> dict[str, str]:
-        """Forward values whose relevance is asked for, with the name each is returned under."""
+        """Forward values whose relevance is asked for, with the name each is returned under. They are returned, too:
+        what depends on targets is not among them."""
         if self.keep == "inputs":
             return {}
+        known = self.carriers - of_targets(self.graph)
         if self.keep == "all":
-            return {r.name: r.name for op in self.graph.forward.ops for r in op.results if r.name in self.carriers}
+            return {r.name: r.name for op in self.graph.forward.ops for r in op.results if r.name in known}
         last: dict[str, str] = {}
         for op in self.graph.forward.ops:
             parts = op.place.split(".") if op.place else []
             for depth in range(1, len(parts) + 1):
-                if op.result.name in self.carriers:
+                if op.result.name in known:
                     last[".".join(parts[:depth])] = op.result.name
         chosen = {place: name for place, name in last.items()
                   if self.keep == "modules" or fnmatchcase(place, self.keep)}

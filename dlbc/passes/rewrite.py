@@ -116,3 +116,16 @@ def with_saves(graph: Graph) -> Graph:
     own = {p.name for p in graph.forward.params} | {r.name for op in graph.forward.ops for r in op.results}
     read = {v.name: v for op in graph.relevance.ops for v in values(op.inputs) if v.name in own}
     return replace(graph, forward=replace(graph.forward, saves=tuple(read.values())))
+
+
+def with_prepared(graph: Graph) -> Graph:
+    """The graph whose prepare section returns all that the sections after it read."""
+    own = {r.name: r for op in graph.prepare.ops for r in op.results}
+    if not own:
+        return graph
+    sections = [s for s in (graph.forward, graph.relevance) if s is not None]
+    read = {v.name for s in sections for op in s.ops for v in values(op.inputs)}
+    read |= {v.name for s in sections for v in (*s.results, *s.saves)}
+    missing = tuple(own[name] for name in own if name in read - {v.name for v in graph.prepare.results})
+    prepare = replace(graph.prepare, results=(*graph.prepare.results, *missing))
+    return replace(graph, prepare=prepare) if missing else graph

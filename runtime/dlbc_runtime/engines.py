@@ -120,7 +120,9 @@ class TorchEngine:
         except (MemoryError, RuntimeError) as problem:
             if isinstance(problem, MemoryError) or "memory" in str(problem).lower():
                 raise InputError(f"out of memory on {self.device}: {str(problem).splitlines()[0]}",
-                                 hint="lower the batch size, the sequence length or the number of targets per call"
+                                 hint="give memory_budget=..., less than what is free, and calls work in parts; or "
+                                      "lower the batch size or sequence length. explainer.memory(...) shows what takes "
+                                      "how much"
                                  ) from problem
             raise
 

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from dlbc_runtime.errors import ArtifactError, InputError
 from dlbc_runtime.explained import Explained, Method
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, ledger_of
+from dlbc_runtime.memory import Memory, as_bytes
+from dlbc_runtime.padding import padded
+from dlbc_runtime.parts import carried, plan_within, run_within, size_by_name, size_of, together
 from dlbc_runtime.program import Manifest, Program, Rules, Variant
 from dlbc_runtime.reference import Reference
 from dlbc_runtime.references import (
@@ -67,7 +70,7 @@ class Explainer:
     def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *,
                  default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
                  draw: Draw | None = None, recipe: Mapping[str, Json] | None = None,
-                 reference: Reference | None = None) -> None:
+                 reference: Reference | None = None, memory_budget: int | None = None) -> None:
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
         self._manifest = self._programs[self._default].manifest
@@ -75,6 +78,7 @@ class Explainer:
         self._build, self._recompile, self._draw = build, recompile, draw
         self._recipe = dict(recipe or {})
         self._reference = reference
+        self._memory_budget = memory_budget
         self._engine: Engine = engine(self.manifest.backend, self._weights)
         self._loaded: dict[Variant, _Loaded] = {}
         self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
@@ -108,6 +112,11 @@ class Explainer:
     def reference(self) -> Reference | None:
         """What inputs are compared with where a call names nothing else; None: they are explained by themselves."""
         return self._reference
+
+    @property
+    def memory_budget(self) -> int | None:
+        """The bytes that calls may take where they name nothing else; None: what they need."""
+        return self._memory_budget
 
     @property
     def weights(self) -> Mapping[str, Any]:
@@ -145,8 +154,10 @@ class Explainer:
 
     def __call__(self, *args: Any, target: object = None, keep: str | None = None, multiplier: float = 100.0,
                  scaler: float = 1.0, output: str | None = None, positions: str = "explained",
-                 reference: object = None, sinks: str = "keep", **kwargs: Any) -> Explanation:
-        """Explain the outputs for these inputs, given as to the model.
+                 reference: object = None, sinks: str = "keep", memory_budget: int | str | None = None, **kwargs: Any
+                 ) -> Explanation:
+        """Explain the outputs for these inputs, given as to the model; texts of different lengths as a list of
+        token ids for each, padded and masked inside: `explanation.relevance_of(input, row)` has each row's own length.
 
         `target`: None (what was predicted), an int, a `Target`, or a list of them (one explanation each from
         one forward pass). `keep`: also return relevance and activations of inner places: "modules", "all" or
@@ -157,6 +168,8 @@ class Explainer:
         compares the inputs with, where the explainer was compiled with a reference (`dlbc.Reference`).
         `sinks="apart"`: relevance of each row's first token, where attention is parked, is `explanation.sinks` and no
         part of `relevance`.
+        `memory_budget`: bytes, or text such as "2GB", that this call may take besides the weights; batch rows and
+        targets are then explained in parts, and forward values computed again, as far as needed (`docs/memory.md`).
 
         InputError when inputs, target or options do not fit; an output or `keep` that is not there is an error of
         the compiler, IRError.
@@ -167,7 +180,19 @@ class Explainer:
         if positions not in ("explained", "all"):
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
         check_sinks(sinks)
+        budget = self._memory_budget if memory_budget is None else as_bytes(memory_budget)
         compared = self._compared(reference)
+        if any(isinstance(given, list | tuple) for given in (*args, *kwargs.values())):
+            args, kwargs, lengths = padded(self.manifest.inputs, args, kwargs, self.manifest.pad, self._engine.array)
+        else:
+            lengths = {}
+        if lengths:
+            targets, many = as_targets(target)
+            own = [one.within_rows(next(iter(lengths.values()))) for one in targets]
+            found = self(*args, target=own if many else own[0], keep=keep, multiplier=multiplier, scaler=scaler,
+                         output=output, positions=positions, sinks=sinks, memory_budget=budget,
+                         reference=None if reference is None else compared, **kwargs)
+            return replace(found, lengths=lengths)
         try:
             given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
         except SizeError as problem:
@@ -175,7 +200,8 @@ class Explainer:
             if other is None:
                 raise
             return other(*args, target=target, keep=keep, multiplier=multiplier, scaler=scaler, output=output,
-                         positions=positions, sinks=sinks, reference=None if reference is None else compared, **kwargs)
+                         positions=positions, sinks=sinks, reference=None if reference is None else compared,
+                         memory_budget=budget, **kwargs)
         self._check_bounds(given)
         targets, many = as_targets(target)
         if not self.manifest.sequence and any(one.position is not None for one in targets):
@@ -183,12 +209,39 @@ class Explainer:
                              where="target", hint="leave `position` out")
         if self.manifest.streams > 1:
             check_contrastive(targets, multiplier)
+        variant = self._variant(keep, output, positions, targets)
+        call = Call(self, variant, given, targets, many, multiplier, scaler, compared)
+        found = call.run() if budget is None else run_within(call, budget)
+        return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
+
+    def _variant(self, keep: str | None, output: str | None, positions: str, targets: Sequence[Target]) -> Variant:
+        """The program of a call."""
         variant, weighs = self._default, any(one.weighs for one in targets)
         if keep or output or positions == "all" or weighs:
             variant = replace(variant, keep=keep or variant.keep, output=output or variant.output,
                               all_positions=positions == "all" or variant.all_positions, dense=weighs or variant.dense)
-        found = _Call(self, variant, given, targets, many, multiplier, scaler, compared).run()
-        return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
+        return variant
+
+    def memory(self, *args: Any, target: object = None, keep: str | None = None, output: str | None = None,
+               positions: str = "explained", memory_budget: int | str | None = None,
+               sizes: Mapping[str, int] | None = None, **kwargs: Any) -> Memory:
+        """The bytes that explaining these inputs will take at each step, weights aside; nothing is run.
+
+        Options are those of a call. In place of inputs, `sizes` may name sizes (`{"B": 1, "T": 512}`, the named axes in
+        `explainer.manifest.inputs`); the rest of them is 1. Measured memory is more by what allocators and libraries
+        keep for themselves. InputError as in a call, and for a budget that is too small.
+        """
+        budget = self._memory_budget if memory_budget is None else as_bytes(memory_budget)
+        targets, _ = as_targets(target)
+        variant = self._variant(keep, output, positions, targets)
+        manifest = self.program_of(variant).manifest
+        if sizes is None:
+            args, kwargs, _ = padded(manifest.inputs, args, kwargs, manifest.pad, self._engine.array)
+            given = self._engine.inputs(manifest.inputs.bind(args, kwargs))
+            size = size_of(manifest, Call(self, variant, given, targets, False, 1.0, reference=self._reference))
+        else:
+            size = size_by_name(manifest, sizes, targets)
+        return plan_within(self.program_of, variant, size, budget)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """InputError where inputs lie beyond what the rules assume of them."""
@@ -200,18 +253,19 @@ class Explainer:
             bounds.check(as_numpy(given[bounds.input]))
 
     def with_options(self, **options: Any) -> Explainer:
-        """The same explainer with another default: `keep`, `output`, `all_positions`."""
+        """The same explainer with another default: `keep`, `output`, `all_positions`, `checkpoint`, `memory_budget`."""
+        budget = options.pop("memory_budget", self._memory_budget)
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
                          recompile=self._recompile, draw=self._draw, recipe=self._recipe,
-                         reference=self._reference)
+                         reference=self._reference, memory_budget=None if budget is None else as_bytes(budget))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """The compiled model alone: its outputs by name, and the positions [B, P] at which a sequence output is
         computed (None: at all)."""
         given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
-        return _Call(self, self._default, given, *as_targets(None), 1.0).forward()
+        return Call(self, self._default, given, *as_targets(None), 1.0).forward()
 
     def _compared(self, reference: object) -> Reference | None:
         """The reference of a call; InputError where there can be none, or where it does not fit the model's inputs."""
@@ -226,6 +280,10 @@ class Explainer:
                              hint="give explainer(..., reference=...)")
         found.by_input(self.manifest.inputs, self.manifest.explained)
         return found
+
+    def program_of(self, variant: Variant) -> Program:
+        """The program of a variant, compiled when it is first asked for."""
+        return self._load(variant).program
 
     def _load(self, variant: Variant) -> _Loaded:
         found = self._loaded.get(variant)
@@ -293,8 +351,8 @@ class Explainer:
 
 
 @dataclass
-class _Call:
-    """One call of an explainer."""
+class Call:
+    """One call of an explainer. `at_a_time`: for how many targets relevance is carried at once (0: all)."""
 
     explainer: Explainer
     variant: Variant
@@ -305,6 +363,7 @@ class _Call:
     scaler: float = 1.0
     reference: Reference | None = None
     state: object = None
+    at_a_time: int = 0
 
     def run(self) -> Explanation:
         explainer, engine = self.explainer, self.explainer._engine
@@ -314,15 +373,14 @@ class _Call:
         with engine.running():
             prepared = explainer._prepared(loaded)
             started = time.perf_counter()
-            arguments, columns = self._with_positions(manifest)
+            arguments, columns = self.with_positions(manifest)
             compared = self._at_reference(loaded, prepared, arguments)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
             results = own_results(manifest, results)
             outputs = dict(zip(manifest.outputs.names, results, strict=False))
             seeds, explained = self._seeds(manifest, results, columns, compared)
             forwarded = time.perf_counter()
-            relevance = loaded.module.relevance(explainer._weights, prepared, state, *map(engine.array, seeds),
-                                                *self._values(manifest, compared))
+            relevance = together(self._carried(loaded, prepared, state, seeds, compared), len(seeds[0]))
             finished = time.perf_counter()
         if manifest.before:
             explainer._say_once(f"`{manifest.output}` ends in {manifest.before}: the value before it is explained")
@@ -359,13 +417,31 @@ class _Call:
         """The outputs alone, and the positions at which a sequence output is computed."""
         explainer, loaded = self.explainer, self.explainer._load(self.variant)
         with explainer._engine.running():
-            arguments, _ = self._with_positions(loaded.program.manifest)
+            arguments, _ = self.with_positions(loaded.program.manifest)
             results, _ = loaded.module.forward(explainer._weights, explainer._prepared(loaded), *arguments)
         return (dict(zip(loaded.program.manifest.outputs.names, results, strict=False)),
                 arguments[-1] if len(arguments) > len(self.inputs) else None)
 
+    def _carried(self, loaded: _Loaded, prepared: Any, state: list[Any], seeds: Sequence[Array],
+                 compared: AtReference | None) -> Iterator[tuple[Array, tuple[Any, ...]]]:
+        """Relevance, for some of the targets after the other where they are too many for one go."""
+        weights, manifest = self.explainer._weights, loaded.program.manifest
+        return carried(lambda state, *given: loaded.module.relevance(weights, prepared, state, *given), state, seeds,
+                       self._values(manifest, compared), self.explainer._engine.array, streams=manifest.streams,
+                       at_a_time=self.at_a_time)
+
     def ledger(self) -> Ledger:
         """Run the same call again with the ledger kept. InputError where the weights have changed since."""
+        return self.ledger_from(self.totals())
+
+    def ledger_from(self, totals: list[float]) -> Ledger:
+        """The ledger from its sums."""
+        manifest = self.explainer.program_of(replace(self.variant, keep="inputs", ledger=True)).manifest
+        count = len(manifest.explained)
+        return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
+
+    def totals(self) -> list[float]:
+        """The sums of the ledger, those of the inputs first."""
         explainer, engine = self.explainer, self.explainer._engine
         if explainer._weights_state() != self.state:
             raise InputError("the model's weights have changed since this explanation was made", where="conservation()",
@@ -374,15 +450,13 @@ class _Call:
         manifest = loaded.program.manifest
         with engine.running():
             prepared = explainer._prepared(loaded)
-            arguments, columns = self._with_positions(manifest)
+            arguments, columns = self.with_positions(manifest)
             compared = self._at_reference(loaded, prepared, arguments)
             results, state = loaded.module.forward(explainer._weights, prepared, *arguments)
             seeds, _ = self._seeds(manifest, own_results(manifest, results), columns, compared)
-            relevance = [as_numpy(r) for r in loaded.module.relevance(
-                explainer._weights, prepared, state, *map(engine.array, seeds), *self._values(manifest, compared))]
-        totals = [float(value.astype(np.float64).sum()) * self.scaler for value in relevance]
-        count = len(manifest.explained)
-        return ledger_of(manifest.ledger, totals[count:], dict(zip(manifest.explained, totals, strict=False)))
+            sums = [[float(as_numpy(value).astype(np.float64).sum()) for value in found]
+                    for _, found in self._carried(loaded, prepared, state, seeds, compared)]
+        return [math.fsum(parts) * self.scaler for parts in zip(*sums, strict=True)]
 
     def _at_reference(self, loaded: _Loaded, prepared: Any, arguments: list[Any]) -> AtReference | None:
         """The model at the reference, kept where it is the same for other inputs."""
@@ -406,7 +480,7 @@ class _Call:
         batch = next((int(self.inputs[name].shape[0]) for name in manifest.explained if self.inputs[name].ndim), 1)
         return reference_values(manifest, compared, batch, self.explainer._engine)
 
-    def _with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
+    def with_positions(self, manifest: Manifest) -> tuple[list[Any], Array | None]:
         """The forward's arguments; and for each target the position of each row, int64 [targets, B]."""
         arguments = list(self.inputs.values())
         if not manifest.sequence:

@@ -43,6 +43,8 @@ class Explanation:
     Contrastive rules carry two relevances, never negative: `positive` of the target, `negative` of its rivals, and
     `relevance` (as `nodes`) is the first less the second. For other rules both are empty.
     `sinks`: relevance of the first token of each row of an input, where it was taken apart: [rows], or [targets, rows].
+    `lengths`: of inputs given as rows of different lengths, the length of each row; arrays hold them padded (relevance
+    by 0), `relevance_of` and `value_of` give rows without padding.
     """
 
     outputs: Mapping[str, Array]
@@ -62,6 +64,7 @@ class Explanation:
     positive: Mapping[str, Array] = field(default_factory=dict)
     negative: Mapping[str, Array] = field(default_factory=dict)
     sinks: Mapping[str, Array] = field(default_factory=dict)
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in ("outputs", "relevance", "inputs", "nodes", "activations", "positive", "negative", "sinks"):
@@ -105,11 +108,15 @@ class Explanation:
     def relevance_of(self, input: str, row: int = 0, seed: int = 0) -> Array:
         """Relevance of one batch row of one input, without batch and target axes."""
         relevance = self.relevance[input][seed] if self.many_targets else self.relevance[input]
-        return self._row(relevance, row)
+        return self._trimmed(self._row(relevance, row), input, row)
 
     def value_of(self, input: str, row: int = 0) -> Array | None:
         """One batch row of one input; None when the explanation does not hold that input."""
-        return self._row(self.inputs[input], row) if input in self.inputs else None
+        return self._trimmed(self._row(self.inputs[input], row), input, row) if input in self.inputs else None
+
+    def _trimmed(self, of_row: Array, input: str, row: int) -> Array:
+        """A row without padding."""
+        return of_row[:self.lengths[input][row]] if input in self.lengths else of_row
 
     def sink_of(self, input: str, row: int = 0, seed: int = 0) -> tuple[int, float] | None:
         """The first token's position in a row and its relevance, where that was taken apart; None where it was not."""
@@ -196,8 +203,8 @@ class Explanation:
         if len(rows) != self.rows:
             raise InputError(f"{len(rows)} rows of tokens for {self.rows} batch rows", where="with_tokens()",
                              hint="give one list of tokens per batch row")
-        lengths = [len(self.relevance_of(name)) for name in self.relevance if self.relevance_of(name).ndim]
         for row, of_row in enumerate(rows):
+            lengths = [len(self.relevance_of(name, row)) for name in self.relevance if self.relevance_of(name).ndim]
             if len(of_row) not in lengths:
                 raise InputError(f"row {row} has {len(of_row)} tokens; the inputs have {sorted(set(lengths))}",
                                  where="with_tokens()", hint="give every token, special and padding ones too")
@@ -221,7 +228,8 @@ class Explanation:
             found = tokenizer.convert_ids_to_tokens([int(i) for i in of_row])
             return tuple(str(i) if text is None else text for i, text in zip(of_row, found, strict=True))
 
-        tokens = tuple(map(texts, np.atleast_2d(self.inputs[chosen])))
+        ids_of = np.atleast_2d(self.inputs[chosen])
+        tokens = tuple(texts(self._trimmed(of_row, chosen, row)) for row, of_row in enumerate(ids_of))
         if any(one.position is not None for one in self.target):
             named = self.with_labels(lambda index: display(texts(np.array([index])))[0].spaced)
             kept = tuple(new if new.position is not None else old

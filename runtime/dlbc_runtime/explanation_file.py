@@ -124,6 +124,7 @@ def _description(explanation: Explanation, omitted: list[str]) -> dict[str, Json
                    "versions": dict(method.versions)},
         "tokens": None if explanation.tokens is None else [list(row) for row in explanation.tokens],
         "features": {name: list(names) for name, names in explanation.features.items()},
+        "lengths": {name: list(lengths) for name, lengths in explanation.lengths.items()},
         "ledger": None if ledger is None else ledger.to_dict(),
         "omitted": list(omitted),
     }
@@ -218,7 +219,12 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
         features={name: _texts(names, "features")
                   for name, names in _fields(stored.get("features"), "features").items()},
         images=tuple(images[str(row)] for row in range(len(images))) or None,
-        omitted=_texts(stored.get("omitted"), "omitted"))
+        omitted=_texts(stored.get("omitted"), "omitted"),
+        lengths={name: _lengths(rows) for name, rows in _fields(stored.get("lengths", {}), "lengths").items()})
+    for name, lengths in explanation.lengths.items():
+        shape: tuple[int, ...] = explanation.inputs[name].shape if name in explanation.inputs else ()
+        if len(shape) < 2 or len(lengths) != shape[0] or not all(0 < length <= shape[1] for length in lengths):
+            raise ValueError(f"the lengths of the rows of {name!r} are not those of an input")
     for row_of in (explanation.tokens, explanation.images):
         if row_of is not None and len(row_of) != explanation.rows:
             raise ValueError(f"{len(row_of)} rows of tokens or pictures for {explanation.rows} batch rows")
@@ -276,6 +282,13 @@ def _texts(stored: Json, what: str) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{what} must be text")
     return tuple(map(str, texts))
+
+
+def _lengths(stored: Json) -> tuple[int, ...]:
+    lengths = _items(stored, "lengths")
+    if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
+        raise ValueError("lengths must be whole numbers")
+    return tuple(int(str(length)) for length in lengths)
 
 
 def _digest(arrays: Mapping[str, Array]) -> str:

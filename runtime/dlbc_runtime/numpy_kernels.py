@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from dlbc_runtime import interpolation
+from dlbc_runtime import interpolation, streams
 from dlbc_runtime.numpy_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
 
 Array: TypeAlias = "NDArray[Any]"
@@ -497,11 +497,25 @@ def row_statistics(x: Array, dims: int, eps: float, centred: bool) -> tuple[Arra
 
 # --- attention ---------------------------------------------------------------------------------------
 
+def stream(function: Callable[..., Sequence[Array]], given: list[Array], **how: Any) -> tuple[Array, ...]:
+    """The results of a function of blocks of rows, put together. See `streams.stream`."""
+    return streams.stream(function, given, _zeros_like, **how)
+
+
+def _zeros_like(shape: tuple[int, ...], x: Array) -> Array:
+    return np.zeros(shape, x.dtype)
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, causal: bool = False,
               window: int | None = None, softcap: float | None = None) -> Array:
-    """`softmax(softcap(q k^T scale) + mask) v`; a row that sees nothing is 0. See the op `attention`."""
-    weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
-    return _grouped(weights, v)
+    """`softmax(softcap(q k^T scale) + mask) v`, by blocks of rows; a row that sees nothing is 0. See `attention`."""
+    def block(given: list[Array]) -> tuple[Array]:
+        (q, k, v), mask = given[:3], given[3] if len(given) == 4 else None
+        weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
+        return (_grouped(weights, v),)
+
+    return np.asarray(streams.attend(block, q, k, v, mask, _zeros_like, width=q.shape[0] * q.shape[1] * k.shape[2],
+                                     causal=causal, window=window))
 
 
 def attention_weights(q: Array, k: Array, mask: Array | None, *, scale: float, causal: bool = False,

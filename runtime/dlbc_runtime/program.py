@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from dlbc_runtime.bounds import Bounds
+from dlbc_runtime.memory import Plan
 from dlbc_runtime.module import load_module
 from dlbc_runtime.signature import InputSpec, OutputSpec
 
@@ -16,20 +17,23 @@ from dlbc_runtime.signature import InputSpec, OutputSpec
 @dataclass(frozen=True)
 class Variant:
     """What distinguishes the programs of one explainer: what is kept besides the inputs, the ledger, the output
-    that is explained, whether all positions of a sequence output are computed, and whether seeds weight the
-    whole output (`dense`) where it is wide enough for a few chosen targets to be cheaper."""
+    that is explained, whether all positions of a sequence output are computed, whether seeds weight the
+    whole output (`dense`) where it is wide enough for a few chosen targets to be cheaper, and whether forward values
+    are computed again where relevance needs them (`checkpoint`), which takes less memory and more time."""
 
     keep: str = "inputs"
     ledger: bool = False
     output: str = ""
     all_positions: bool = False
     dense: bool = False
+    checkpoint: bool = False
 
     @property
     def name(self) -> str:
         """A name for files: `default`, or what differs from it."""
         parts = [self.keep if self.keep != "inputs" else "", "ledger" if self.ledger else "", self.output,
-                 "all_positions" if self.all_positions else "", "dense" if self.dense else ""]
+                 "all_positions" if self.all_positions else "", "dense" if self.dense else "",
+                 "checkpoint" if self.checkpoint else ""]
         return "-".join(p.replace("*", "_").replace("/", "_") for p in parts if p) or "default"
 
 
@@ -108,6 +112,12 @@ class Manifest:
     """Of the activations at the reference that relevance takes, in order: whether axis 0 is the batch."""
     bounds: tuple[Bounds, ...] = ()
     """What `zbox` rules assume of inputs."""
+    memory: Plan = field(default_factory=Plan)
+    """What is held at which step."""
+    batch: str = ""
+    """The size whose rows do not depend on each other, axis 0 of what is explained; "" where that is not sure."""
+    pad: int = 0
+    """The token id that rows of token ids are padded by."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -122,7 +132,8 @@ class Manifest:
             "prepared_from": list(self.prepared_from), "explained": list(self.explained), "nodes": list(self.nodes),
             "ledger": [list(entry) for entry in self.ledger],
             "rules": [[r.place, r.op, r.rule] for r in self.rules],
-            "static": dict(self.static), "versions": dict(self.versions)}
+            "static": dict(self.static), "versions": dict(self.versions),
+            "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Manifest:
@@ -139,7 +150,8 @@ class Manifest:
             rules=tuple(RuleRow(*map(str, row)) for row in data["rules"]),
             static=dict(data["static"]), versions=dict(data["versions"]), streams=int(data["streams"]),
             reference=str(data["reference"]), references=tuple(map(bool, data["references"])),
-            bounds=tuple(map(Bounds.from_json, data["bounds"])))
+            bounds=tuple(map(Bounds.from_json, data["bounds"])), memory=Plan.from_json(data["memory"]),
+            batch=str(data["batch"]), pad=int(data["pad"]))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -106,6 +106,30 @@ class Target:
         for fact in (fact for fact, applies in negative.items() if applies):
             raise InputError(f"{fact}, and contrastive relevances cannot be negative", where="target",
                              hint="explain a class: the other outputs are its rivals as it is")
+
+    def of_rows(self, rows: slice, batch: int, rank: int) -> Target:
+        """The same target for some rows of a batch; `rank`: the number of axes of the output."""
+        def own(given: Rows | None) -> Rows | None:
+            return given if given is None or np.ndim(given) == 0 else tuple(np.asarray(given)[rows].tolist())
+
+        weights = self.weights
+        if weights is not None and weights.ndim == rank and len(weights) == batch:
+            weights = weights[rows]
+        return replace(self, chosen=own(self.chosen), against=own(self.against), position=own(self.position),
+                       weights=weights)
+
+    def within_rows(self, lengths: Sequence[int]) -> Target:
+        """The same target for rows of these lengths: a negative position counts from the end of its own row."""
+        if self.position is None:
+            return self
+        found, ends = _rows(self.position, len(lengths), "position"), np.asarray(lengths, np.int64)
+        wrapped = np.where(found < 0, found + ends, found)
+        outside = (wrapped < 0) | (wrapped >= ends)
+        if outside.any():
+            row = int(outside.argmax())
+            raise InputError(f"position {int(found[row])} is outside row {row}", where="target",
+                             hint=f"the row has {lengths[row]} positions: 0 to {lengths[row] - 1}")
+        return replace(self, position=tuple(wrapped.tolist()))
 
     def positions(self, last: Array, length: int) -> Array:
         """The sequence position of each batch row, int64 [B]; `last` holds the last that is no padding."""

@@ -8,14 +8,14 @@ scatter_add on CUDA, index_put on several threads), another road is taken. Float
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlbc_runtime import interpolation
+from dlbc_runtime import interpolation, streams
 from dlbc_runtime.torch_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
 
 SMALL = 4096
@@ -143,16 +143,34 @@ def _wide(x: Tensor) -> Tensor:
 
 # --- attention ---------------------------------------------------------------------------------------
 
+def stream(function: Callable[..., Sequence[Tensor]], given: list[Tensor], **how: Any) -> tuple[Tensor, ...]:
+    """The results of a function of blocks of rows, put together. See `streams.stream`."""
+    return streams.stream(function, given, _zeros_like, **how)
+
+
+def _zeros_like(shape: tuple[int, ...], x: Tensor) -> Tensor:
+    return x.new_zeros(shape)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False,
               window: int | None = None, softcap: float | None = None) -> Tensor:
-    """`softmax(softcap(q k^T scale) + mask) v`; a row that sees nothing is 0. See the op `attention`."""
-    if softcap is not None:
-        weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
-        return _grouped(weights, v)
-    bias, blind = _bias(q, k, mask, causal, window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
-    return _zeroed(out, blind)
+    """`softmax(softcap(q k^T scale) + mask) v`; a row that sees nothing is 0. See the op `attention`.
+
+    By blocks of rows where their weights, or with torch's own kernel the mask, would be large.
+    """
+    def block(given: list[Tensor]) -> tuple[Tensor]:
+        (q, k, v), mask = given[:3], given[3] if len(given) == 4 else None
+        if softcap is not None:
+            weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
+            return (_grouped(weights, v),)
+        bias, blind = _bias(q, k, mask, causal, window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale,
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        return (_zeroed(out, blind),)
+
+    heads = q.shape[1] if softcap is not None else 1 if mask is None else math.prod(mask.shape[1:-2])
+    return cast(Tensor, streams.attend(block, q, k, v, mask, _zeros_like, width=q.shape[0] * heads * k.shape[2],
+                                       causal=causal, window=window))
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False,

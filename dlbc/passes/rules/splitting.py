@@ -151,7 +151,7 @@ def absolute_0_1(at: Expansion, op: Op, r: Value) -> Contributions:
     """
     if op.name == "mean":
         return only(op, 0, linear_map(at, op).adjoint(r))
-    if op.name not in ("linear", "matmul", "einsum"):
+    if op.name not in ("linear", "linear_rows", "matmul", "einsum"):
         return absolute(at, op, r)
     linear = linear_map(at, op)
     magnitude, size = linear.absolute, at.abs(linear.x)
