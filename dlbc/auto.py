@@ -102,8 +102,8 @@ def encoder(graph: Graph, output: str = "") -> Composite:
 
 def vision_transformer(graph: Graph, output: str = "") -> Composite:
     """By size in all layers, through the values in attention; epsilon in the last layer, which tells targets apart."""
-    return Composite([("layer & last", "epsilon"), ("attention", "absolute"), ("norm", "detach")],
-                     base="dlb", name="auto-vit").but(
+    return Composite([("layer & last", "epsilon"), ("attention", "absolute"), ("matmul", "signal_relevance"),
+                      ("einsum", "signal_relevance"), ("norm", "detach")], base="dlb", name="auto-vit").but(
         reason="attention over patches of an image: shares by size, through the values in attention, and epsilon in "
                "the last layer, where targets part")
 

@@ -125,7 +125,7 @@ def completed(kind: str, rule: Rule) -> Rule:
                                  for name, default in RULES[kind, rule.name].params.items()))
 
 
-_TWO_CARRIERS = frozenset({"half", "signal", "share", "product_gradient", "contrastive_product"})
+_TWO_CARRIERS = frozenset({"half", "signal", "signal_relevance", "share", "product_gradient", "contrastive_product"})
 
 
 def _fits(op: Op, rule: Rule, constant_factor: bool) -> bool:

@@ -144,7 +144,7 @@ def absolute(s: Site, r: Array, one_sided: bool = False) -> Array:
 def absolute_0_1(s: Site, r: Array) -> Array:
     if s.name == "mean":
         return _through(s.matrix(0), r)
-    return absolute(s, r, one_sided=s.name in ("linear", "matmul", "einsum"))
+    return absolute(s, r, one_sided=s.name in ("linear", "linear_rows", "matmul", "einsum"))
 
 
 def _terms_by_sign(s: Site) -> tuple[Array, Array, Array]:
@@ -252,6 +252,14 @@ def share(s: Site, r: Array) -> list[Any]:
     sizes = Site(**{**s.__dict__, "x": [np.abs(o) for o in s.x]})
     total = sizes.forward(*sizes.x)
     return _each(s, lambda i: sizes.x[i] * _through(sizes.matrix(i), over(r, total)) / sum(s.carried))
+
+
+def signal_relevance(s: Site, r: Array) -> list[Any]:
+    """All to the factor that is no softmax."""
+    found = share(s, r)
+    if sum(s.softmaxes) != 1:
+        return found
+    return [None if weight else part * sum(s.carried) for weight, part in zip(s.softmaxes, found, strict=True)]
 
 
 def _summed_to(a: Array, shape: tuple[int, ...]) -> Array:
@@ -760,6 +768,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     ("linear", "zplus"): alpha_beta,
     ("linear", "absolute_0_1"): absolute_0_1, ("linear", "half"): half, ("linear", "signal"): signal,
     ("linear", "product_gradient"): product_gradient, ("linear", "share"): share,
+    ("linear", "signal_relevance"): signal_relevance,
     ("sum", "epsilon"): sum_epsilon, ("sum", "gradient"): sum_epsilon, ("sum", "absolute"): sum_absolute,
     ("sum", "equal"): equal, ("index_put", "epsilon"): sum_epsilon, ("index_put", "gradient"): sum_epsilon,
     ("index_put", "absolute"): sum_absolute, ("index_put", "move"): move,

@@ -394,6 +394,9 @@ GATES_KNOWN_ONCE_RAISED = ("cp-lrp", "epsilon", "dlb-contrastive", "attnlrp-cons
                            "auto-encoder", "auto-lm", *CONVOLUTIONS_APART, "gamma")
 """Presets that give a gate's product to `up`: before it is raised, it is any product."""
 
+BY_SIZE = ("dlb", "dlb-0.1", "dlb-contrastive", "auto-vit")
+"""Presets that carry relevance itself: a function of one number passes it on, a choice gives it to what was chosen."""
+
 
 WAYS: dict[str, tuple[Write, Write, tuple[str, ...]]] = {
     "x + x, 2 x": (lambda at, x, w: at.add(x, x), lambda at, x, w: at.mul(2.0, x), ()),
@@ -421,12 +424,12 @@ WAYS: dict[str, tuple[Write, Write, tuple[str, ...]]] = {
     "relu": (
         lambda at, x, w: at.relu(x),
         lambda at, x, w: at.maximum(x, 0.0),
-        ("dlb", "dlb-0.1", "dlb-contrastive"),
+        BY_SIZE,
     ),  # a relu is `identity`
     "relu6": (
         lambda at, x, w: at.clamp(x, low=0.0, high=6.0),
         lambda at, x, w: at.minimum(at.relu(x), 6.0),
-        ("dlb", "dlb-0.1", "dlb-contrastive"),
+        BY_SIZE,
     ),
     "linear, einsum": (
         lambda at, x, w: at.linear(x, w["m"]),
@@ -461,7 +464,7 @@ WAYS: dict[str, tuple[Write, Write, tuple[str, ...]]] = {
             at.mul(x, at.reshape(at.mul(w["c"], at.rsqrt(at.add(w["v"], 1e-5))), shape=(3, 1))),
             at.reshape(at.sub(w["c"], at.mul(w["c"], at.mul(w["c"], at.rsqrt(at.add(w["v"], 1e-5))))), shape=(3, 1)),
         ),
-        (),
+        ("auto-cnn",),  # which asks for batch norms by name
     ),
 }
 SHAPES = {"w": (4,), "m": (4, 4), "c": (3,), "v": (3,)}

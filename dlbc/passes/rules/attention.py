@@ -266,6 +266,18 @@ def product_share(at: Expansion, op: Op, r: Value) -> Contributions:
     return tuple(at.mul(size, found) for size, found in zip(sizes, _product(at, op, share, sizes), strict=True))
 
 
+@rule(("matmul", "einsum"), "signal_relevance", form="R")
+def product_signal_relevance(at: Expansion, op: Op, r: Value) -> Contributions:
+    """All to the factor that is no attention weight (no softmax), by the share |P_ij v_jd|; without one, `share`."""
+    softmaxes = [is_weight(at, o) for o in op.operands]
+    if sum(softmaxes) != 1:
+        return product_share(at, op, r)
+    sizes = [at.abs(at.read(o)) for o in op.operands]
+    share = at.shared(r, getattr(at, op.name)(*sizes, **op.attrs))
+    return tuple(None if weight else at.mul(size, found) for weight, size, found in zip(
+        softmaxes, sizes, _product(at, op, share, sizes), strict=True))
+
+
 def _part(at: Expansion, op: Op) -> float:
     """The part of each carrying factor."""
     return 1 / sum(at.carries(o) for o in op.operands)
