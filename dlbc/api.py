@@ -28,7 +28,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
             dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
             dump: str | os.PathLike[str] | None = None, reference: object = None,
-            memory_budget: int | str | None = None, checkpoint: bool = False) -> Explainer:
+            memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto") -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
@@ -46,6 +46,9 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `memory_budget`: bytes, or text such as "2GB", that calls may take besides the weights: they work on parts of a
     batch and of many targets, and compute forward values again, as far as needed. `checkpoint`: always compute them
     again (`docs/memory.md`).
+    `precompute`: which parts of weights that rules need, such as |W|, are kept from call to call (as much memory as the
+    weights they are made of, `explainer.memory().between`): "auto", those of layers with one row for each row of a
+    batch, such as a classifier's; "never"; "always".
 
     Raises ExportError (the model cannot be captured), UnsupportedOpError (an op without a rule), RuleError
     (unknown rules), InputError (inputs or weights with NaN). The model is not changed.
@@ -54,10 +57,12 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
 
     check_model(model)
     args, kwargs = normalise(example_inputs)
+    if precompute not in ("auto", "never", "always"):
+        raise InputError(f"precompute={precompute!r}", hint='"auto", "never" or "always"')
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
     options = Options(rules, "torch" if backend == "auto" else backend, dynamic, explained,
-                      fallback, dump_to, None if reference is None else Reference.of(reference))
+                      fallback, dump_to, None if reference is None else Reference.of(reference), precompute)
     default = Variant(keep=keep, output=output, checkpoint=checkpoint)
     budget = None if memory_budget is None else as_bytes(memory_budget)
     if cache and not dump_to:

@@ -143,7 +143,8 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
 
 def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tuple[Pass, ...]:
     """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
-    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), HoistConstants(),
+    hoisted = HoistConstants(relevance=options.precompute != "never", few=options.precompute == "auto")
+    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), hoisted,
             EliminateDead(), StreamAttention(), *((Checkpoint(),) if checkpoint else ()), Outline())
 
 

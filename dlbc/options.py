@@ -28,6 +28,8 @@ class Options:
     dump: str | None = None
     reference: Reference | None = None
     """What inputs are compared with: the program depends on whether there is one, not on which."""
+    precompute: str = "auto"
+    """Which parts of weights that rules need (|W|, say) are kept between calls: "auto", "never", "always"."""
 
     @property
     def composite(self) -> Composite:
@@ -47,6 +49,7 @@ def recipe_of(options: Options, weights: Iterable[str], model: torch.nn.Module |
     known = _state_names(model) if model is not None else set(weights)
     return {"rules": composite_to_json(composite),
             "dynamic": dynamic, "explain": list(options.explain), "differences": options.reference is not None,
+            "precompute": options.precompute,
             "constants": [name for name in weights if name not in known]}
 
 
@@ -58,7 +61,7 @@ def options_of(recipe: Mapping[str, Any], backend: str, reference: Reference | N
     composite = composite_from_json(rules)
     return Options(composite, backend, dynamic if isinstance(dynamic, bool) else {
         str(name): tuple(map(int, axes)) for name, axes in dynamic.items()}, tuple(map(str, recipe["explain"])),
-        None, None, reference)
+        None, None, reference, str(recipe["precompute"]))
 
 
 def _state_names(model: torch.nn.Module) -> set[str]:

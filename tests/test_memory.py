@@ -229,7 +229,7 @@ def test_a_budget_below_the_least_is_an_error_before_any_work(monkeypatch: pytes
     module = explainer._load(explainer.default).module
     monkeypatch.setattr(module, "forward", lambda *given: pytest.fail("it ran"))
     with pytest.raises(InputError, match="give at least") as problem:
-        explainer(x, memory_budget=1000)
+        explainer(x, memory_budget=100)
     least = int(str(problem.value).split("give at least ")[1].split()[0])
     monkeypatch.undo()
     close(explainer(x, memory_budget=least), explainer(x))

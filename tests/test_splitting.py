@@ -25,6 +25,7 @@ from dlbc.composite import Composite
 from dlbc.errors import InputError, RuleError
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Section, Type, Value, Weight
+from dlbc.ir.dims import symbol
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
@@ -317,6 +318,39 @@ def test_what_weights_alone_decide_is_computed_once(rule: str) -> None:
     assert len(set(made)) == len(made) > 0
     assert not [op for op in hoisted.relevance.ops if op.name in parts and str(op.operands[0]).startswith("@")]
     assert parse_graph(print_graph(hoisted)) == hoisted
+
+
+def test_precompute_is_asked_for_by_name() -> None:
+    """The numbers are the same; what is kept is in the plan of memory. It follows the weights."""
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).eval().requires_grad_(False)
+    x = torch.randn(4, 6)
+    never, auto = (dlbc.compile(model, x, rules="dlb", cache=False, precompute=how) for how in ("never", "auto"))
+    assert never.memory(x).between == 0 and auto.memory(x).between == 4 * (6 * 40 + 40 + 40 * 3 + 3)
+    for _ in range(2):
+        np.testing.assert_array_equal(auto(x, target=1).relevance["input"], never(x, target=1).relevance["input"])
+        model[0].weight.mul_(-1.5)
+    with pytest.raises(InputError, match="precompute='sometimes'"):
+        dlbc.compile(model, x, precompute="sometimes")
+
+
+def test_the_size_of_a_weight_is_kept_where_few_rows_read_it() -> None:
+    """|W| of a classifier, which takes longer to make than to use; not that of a layer over positions."""
+    at = Builder(["x"])
+    x = Value("x", Type("f32", (symbol("B"), symbol("T"), 4)))
+    wide, narrow = Weight("wide", Type("f32", (5, 4))), Weight("narrow", Type("f32", (3, 5)))
+    hidden = at.relu(at.linear(x, wide))
+    y = at.linear(at.mean(hidden, dims=(1,)), narrow, result="y")
+    graph = Graph("words", Section((x,), tuple(at.ops), (y,)), dims={"B": (1, 8), "T": (1, 64)},
+                  weights={"wide": wide, "narrow": narrow}, attrs={"inputs": ("x",), "outputs": ("y",)})
+    lowered = run(Lower().run(Pair(composite="dlb").run(graph)), (EliminateCommon(),))
+    rng = np.random.default_rng(3)
+    numbers = {"wide": rng.normal(size=(5, 4)), "narrow": rng.normal(size=(3, 5))}
+    inputs, seed = {"x": rng.normal(size=(2, 6, 4))}, {"R.y": rng.normal(size=(2, 2, 3))}
+    for few, made in ((True, ["@narrow"]), (False, ["@wide", "@narrow"])):
+        hoisted = run(lowered, (HoistConstants(relevance=True, few=few), EliminateDead()))
+        assert sorted(str(op.operands[0]) for op in hoisted.prepare.ops if op.name == "abs") == sorted(made)
+        np.testing.assert_array_equal(interpret(hoisted, inputs, numbers, seed).relevance[0],
+                                      interpret(lowered, inputs, numbers, seed).relevance[0])
 
 
 @pytest.mark.parametrize("entries", [

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dlbc.ir.core import Attr, Graph, Op, Operand, Section, Value, Weight, values
-from dlbc.ir.dims import Sym
+from dlbc.ir.dims import Sym, symbol
 from dlbc.passes import Pass, register
 
 _CREATION = ("full", "arange")
+SEEDS = symbol("S")
 
 
 @register
@@ -22,11 +23,13 @@ class HoistConstants(Pass):
     too, unless what moves needs them.
 
     `relevance`: the constants of a lowered relevance section as well, such as |W|. They then take memory between calls,
-    as much as the weights they are made of.
+    as much as the weights they are made of. `few`: of these only what products with a single row for each batch row
+    (and target) read, such as a classifier's: there, making |W| anew takes longer than the product.
     """
 
     name: ClassVar[str] = "hoist_constants"
     relevance: bool = False
+    few: bool = False
 
     def run(self, graph: Graph) -> Graph:
         """The graph with constants in `prepare`."""
@@ -34,12 +37,12 @@ class HoistConstants(Pass):
         section = graph.relevance
         if not self.relevance or section is None or any(op.name.startswith("rel.") for op in section.ops):
             return graph
-        swapped = self._forward(replace(graph, forward=section, relevance=graph.forward))
+        swapped = self._forward(replace(graph, forward=section, relevance=graph.forward), few=self.few)
         prepared = tuple(replace(op, of="") for op in swapped.prepare.ops)
         return replace(swapped, prepare=replace(swapped.prepare, body=prepared), forward=graph.forward,
                        relevance=swapped.forward)
 
-    def _forward(self, graph: Graph) -> Graph:
+    def _forward(self, graph: Graph, *, few: bool = False) -> Graph:
         constant = {r.name for op in graph.prepare.ops for r in op.results}
         returned = {v.name for v in graph.forward.results}
         moved: dict[str, Op] = {}
@@ -47,6 +50,8 @@ class HoistConstants(Pass):
             if _is_constant(op, constant) and not any(r.name in returned for r in op.results):
                 constant |= {r.name for r in op.results}
                 moved |= {r.name: op for r in op.results}
+        if few:
+            _keep_what_many_rows_read(graph, moved)
         _keep_bare_creation(graph, moved)
         if not moved:
             return graph
@@ -64,6 +69,22 @@ def _is_constant(op: Op, constant: set[str]) -> bool:
 
 def _varies(attr: Attr | Operand) -> bool:
     return isinstance(attr, Sym) or (isinstance(attr, tuple) and any(map(_varies, attr)))
+
+
+def _keep_what_many_rows_read(graph: Graph, moved: dict[str, Op]) -> None:
+    """Leave in place what no product with few rows reads."""
+    wanted: set[str] = set()
+    for op in reversed(list(graph.forward.ops)):
+        if op.result.name in wanted if op.result.name in moved else op.name in ("linear", "matmul") and _few_rows(op):
+            wanted |= {v.name for v in values(op.operands)}
+    for name in set(moved) - wanted:
+        del moved[name]
+
+
+def _few_rows(op: Op) -> bool:
+    """True for [B, K] or [S, B, K] times a matrix."""
+    shape = op.result.type.shape
+    return len(shape) == 2 + (SEEDS in shape[:1])
 
 
 def _keep_bare_creation(graph: Graph, moved: dict[str, Op]) -> None:
