@@ -23,7 +23,7 @@ from dlbc_runtime.program import Manifest, Variant
 from dlbc_runtime.target import Target
 
 if TYPE_CHECKING:
-    from dlbc_runtime.explainer import Call
+    from dlbc_runtime.call import Call
 
 
 ARRAYS = 4, 5
