@@ -23,6 +23,8 @@ class Arrays(Mapping[str, Array]):
     16-bit floating types become float32.
     """
 
+    __slots__ = ("_source",)
+
     def __init__(self, source: Mapping[str, object]) -> None:
         self._source: dict[str, object] = dict(source._source if isinstance(source, Arrays) else source)
 
@@ -38,13 +40,20 @@ class Arrays(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._source)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one array, without converting it."""
-        value = self._source[name]
-        return tuple(int(size) for size in getattr(value, "shape", None) or np.shape(self[name]))
+        shape = getattr(self._source[name], "shape", None)
+        return tuple(np.shape(self[name]) if shape is None else shape)
 
     def __repr__(self) -> str:
         return "{" + ", ".join(f"{name!r}: {list(self.shape(name))}" for name in self) + "}"
+
+
+NOTHING = Arrays({})
+"""No arrays."""
 
 
 def as_numpy(value: object) -> Array:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlbc_runtime.arrays import Array, Arrays, as_numpy
+from dlbc_runtime.arrays import NOTHING, Array, Arrays, as_numpy
 from dlbc_runtime.errors import InputError
-from dlbc_runtime.explained import Explained, Method
+from dlbc_runtime.explained import Explained, Meaning, Method
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, ledger_of
 from dlbc_runtime.parts import carried, together
@@ -89,10 +89,11 @@ class Call:
         return Explanation(
             outputs=Arrays(outputs), relevance=Arrays({n: single[n] for n in manifest.explained}),
             inputs=Arrays(self.inputs), target=explained,
-            nodes=Arrays({n: single[n] for n in manifest.nodes}), activations=Arrays(activations),
+            nodes=Arrays({n: single[n] for n in manifest.nodes}) if manifest.nodes else NOTHING,
+            activations=Arrays(activations) if activations else NOTHING,
             rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
-            positive=Arrays({n: self._found(positive[n]) for n in manifest.explained if positive}),
-            negative=Arrays({n: self._found(negative[n]) for n in manifest.explained if negative}),
+            positive=Arrays({n: self._found(positive[n]) for n in manifest.explained}) if positive else NOTHING,
+            negative=Arrays({n: self._found(negative[n]) for n in manifest.explained}) if negative else NOTHING,
             method=Method(manifest.model, manifest.backend, self.multiplier,
                           {"forward": forwarded - started, "relevance": finished - forwarded}, manifest.versions,
                           self.scaler, str(self.reference or "")))
@@ -165,7 +166,8 @@ class Call:
         def run() -> AtReference:
             given = reference_arguments(manifest, reference, named, engine)
             results, _ = loaded.module.forward(weights, prepared, *given.values())
-            return at_reference(manifest, results, explained_value(manifest, own_results(manifest, results)))
+            own = own_results(manifest, results)
+            return at_reference(manifest, results, explained_value(manifest, own, returned_value(manifest, own)))
 
         return loaded.references.at(reference_key(manifest, reference, named, self.state), run)
 
@@ -199,9 +201,10 @@ class Call:
         return length, (length - 1 - visible[:, ::-1].argmax(1)).astype(np.int64)
 
     def _seeds(self, manifest: Manifest, results: tuple[Any, ...], columns: Array | None,
-               compared: AtReference | None = None) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+               compared: AtReference | None = None) -> tuple[tuple[Array, ...], Sequence[Explained]]:
         """The relevance section's arguments, seeds times the multiplier and (sparse) targets; and their meaning."""
-        output, shown = explained_value(manifest, results), returned_value(manifest, results)
+        shown = returned_value(manifest, results)
+        output = explained_value(manifest, results, shown)
         batch = output.shape[0] if output.ndim else 1
         places = np.zeros((len(self.targets), batch), np.int64) if columns is None else (
             distinct_columns(columns)[1] if manifest.positions else columns)
@@ -214,19 +217,19 @@ class Call:
         return (with_rivals(output, seeds[0], self.targets),) if manifest.streams > 1 else seeds, explained
 
     def _numbers(self, manifest: Manifest, output: Array, shown: Array, columns: Array | None, places: Array
-                 ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+                 ) -> tuple[tuple[Array, ...], Sequence[Explained]]:
         """Seeds of single numbers of the output, those of each target at its place in each row."""
         rows = np.arange(places.shape[1])
         found = [target.seed(output if columns is None else output[rows, places[number]], manifest.output,
                              None if columns is None else columns[number], number, signed=manifest.seed == "signed",
                              shown=shown if columns is None else shown[rows, places[number]])
                  for number, target in enumerate(self.targets)]
-        explained = tuple(one for seed in found for one in seed.explained)
+        explained = Meaning(*(seed.explained for seed in found))
         return (sparse_seeds if manifest.sparse else dense_seeds)(
             output, found, places, columns is not None, np.float32(self.multiplier)), explained
 
     def _weightings(self, manifest: Manifest, output: Array, shown: Array, columns: Array | None, places: Array
-                    ) -> tuple[tuple[Array, ...], tuple[Explained, ...]]:
+                    ) -> tuple[tuple[Array, ...], Sequence[Explained]]:
         """Dense seeds, where a target weights the whole output: of a sequence, the position that it explains, or
         all of them where all are computed."""
         rows = np.arange(places.shape[1])
@@ -248,10 +251,10 @@ class Call:
                 explained += meaning
             else:
                 single = replace(self, targets=(target,))
-                own, meaning = single._numbers(replace(manifest, sparse=False), output, shown,
+                own, told = single._numbers(replace(manifest, sparse=False), output, shown,
                                                None if columns is None else columns[one], places[one])
                 seeds[number] = own[0][0] / np.float32(self.multiplier)
-                explained += [replace(each, seed=number) for each in meaning]
+                explained += [replace(each, seed=number) for each in told]
         return (seeds * np.float32(self.multiplier),), tuple(explained)
 
 
@@ -274,8 +277,8 @@ def returned_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
     return as_numpy(results[manifest.outputs.names.index(manifest.output)])
 
 
-def explained_value(manifest: Manifest, results: tuple[Any, ...]) -> Array:
-    """The value that is explained: an output, or what went into its final softmax; minus its mean, where the rules
-    contrast it."""
-    value = as_numpy(results[-1]) if manifest.before else returned_value(manifest, results)
+def explained_value(manifest: Manifest, results: tuple[Any, ...], returned: Array) -> Array:
+    """The value that is explained: the returned output, or what went into its final softmax; minus its mean, where the
+    rules contrast it."""
+    value = as_numpy(results[-1]) if manifest.before else returned
     return value - value.mean(-1, keepdims=True) if manifest.contrast else value

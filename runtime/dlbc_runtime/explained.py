@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,42 @@ class Explained:
         value = "" if self.value is None else f" (value {self.value:.4g})"
         likely = value if self.probability is None else f" (p={self.probability:.2f})"
         return self.name + likely + ("" if self.position is None else f" at position {self.position}")
+
+
+class Meaning(Sequence[Explained]):
+    """What was explained, row by row, worked out when it is first asked for: probabilities and names cost more than
+    the relevance of a small model, and not everybody reads them."""
+
+    def __init__(self, *sources: Callable[[], Sequence[Explained]]) -> None:
+        self._sources = sources
+        self._found: tuple[Explained, ...] | None = None
+
+    def _all(self) -> tuple[Explained, ...]:
+        if self._found is None:
+            self._found = tuple(one for source in self._sources for one in source())
+        return self._found
+
+    @overload
+    def __getitem__(self, index: int) -> Explained: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Explained, ...]: ...
+    def __getitem__(self, index: int | slice) -> Explained | tuple[Explained, ...]:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[Explained]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._all() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from dlbc_runtime.arrays import Array, Arrays, Json, as_numpy
+from dlbc_runtime.arrays import NOTHING, Array, Arrays, Json, as_numpy
 from dlbc_runtime.errors import InputError
-from dlbc_runtime.explained import Attribution, Explained, Method
+from dlbc_runtime.explained import Attribution, Explained, Meaning, Method
 from dlbc_runtime.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ class Tokenizer(Protocol):
         ...
 
 
+_GROUPS = ("outputs", "relevance", "inputs", "nodes", "activations", "positive", "negative", "sinks")
+
+
+def _nothing() -> Arrays:
+    return NOTHING
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Relevance of the inputs of one call, with the outputs it explains and how it was made.
@@ -50,9 +57,9 @@ class Explanation:
     outputs: Mapping[str, Array]
     relevance: Mapping[str, Array]
     inputs: Mapping[str, Array]
-    target: tuple[Explained, ...] = ()
-    nodes: Mapping[str, Array] = field(default_factory=dict)
-    activations: Mapping[str, Array] = field(default_factory=dict)
+    target: Sequence[Explained] = ()
+    nodes: Mapping[str, Array] = field(default_factory=_nothing)
+    activations: Mapping[str, Array] = field(default_factory=_nothing)
     rules: str = ""
     method: Method = field(default_factory=Method)
     many_targets: bool = False
@@ -61,16 +68,17 @@ class Explanation:
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     images: tuple[Array, ...] | None = None
     omitted: tuple[str, ...] = ()
-    positive: Mapping[str, Array] = field(default_factory=dict)
-    negative: Mapping[str, Array] = field(default_factory=dict)
-    sinks: Mapping[str, Array] = field(default_factory=dict)
+    positive: Mapping[str, Array] = field(default_factory=_nothing)
+    negative: Mapping[str, Array] = field(default_factory=_nothing)
+    sinks: Mapping[str, Array] = field(default_factory=_nothing)
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for group in ("outputs", "relevance", "inputs", "nodes", "activations", "positive", "negative", "sinks"):
+        for group in _GROUPS:
             if not isinstance(getattr(self, group), Arrays):
                 object.__setattr__(self, group, Arrays(getattr(self, group)))
-        object.__setattr__(self, "target", tuple(self.target))
+        if not isinstance(self.target, Meaning):
+            object.__setattr__(self, "target", tuple(self.target))
         if self.ledger_source is not None and not isinstance(self.ledger_source, _Once):
             object.__setattr__(self, "ledger_source", _Once(self.ledger_source))
         for name in self.relevance:

@@ -161,12 +161,14 @@ def carried(relevance: Callable[..., tuple[Any, ...]], state: list[Any], seeds: 
     """
     count = len(seeds[0]) // streams
     rest = [array(each) for each in seeds[1:]]
-    for first in range(0, count, at_a_time or count):
-        targets = np.arange(first, min(first + (at_a_time or count), count))
+    if not at_a_time or at_a_time >= count:
+        yield np.arange(len(seeds[0])), relevance(state, array(seeds[0]), *rest, *others)
+        return
+    for first in range(0, count, at_a_time):
+        targets = np.arange(first, min(first + at_a_time, count))
         own = state if targets[-1] == count - 1 else list(state)
         which = (np.arange(streams)[:, None] * count + targets).ravel()
-        part = seeds[0] if len(targets) == count else seeds[0][which]
-        yield which, relevance(own, array(part), *rest, *others)
+        yield which, relevance(own, array(seeds[0][which]), *rest, *others)
 
 
 def together(pieces: Iterator[tuple[Array, tuple[Any, ...]]], count: int) -> tuple[Any, ...]:

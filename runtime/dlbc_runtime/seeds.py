@@ -14,11 +14,13 @@ def dense_seeds(output: Array, found: list[Seed], places: Array, sequence: bool,
            ) -> tuple[Array, ...]:
     """Seeds float32 [S, *output]; `places` [S, B] says where in a sequence output each target stands."""
     seeds = np.zeros((len(found), *output.shape), np.float32)
+    rows = np.arange(places.shape[1])[:, None]
     for number, seed in enumerate(found):
-        for row, (indices, weights) in enumerate(zip(seed.indices, seed.weights, strict=True)):
-            for index, weight in zip(indices, weights, strict=True):
-                place = (row, places[number, row], index) if sequence else (row, index)[:output.ndim]
-                seeds[(number, *place)] += weight * multiplier
+        place = (rows, places[number][:, None], seed.indices) if sequence else (rows, seed.indices)[:output.ndim]
+        if seed.indices.shape[1] == 1:
+            seeds[number][place] = seed.weights * multiplier
+        else:  # a number that stands twice, as the padding of several labels, adds up
+            np.add.at(seeds[number], place, seed.weights * multiplier)
     return (seeds,)
 
 

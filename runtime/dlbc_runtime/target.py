@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from dlbc_runtime.errors import InputError
 from dlbc_runtime.explained import Explained
 
 Rows: TypeAlias = "int | Sequence[int]"
+_ONE, _MINUS = np.float32(1), np.float32(-1)
 COORDINATES = ("x", "y", "w", "h")
 
 
@@ -73,9 +74,10 @@ class Target:
         return cls("regression", index)
 
     @classmethod
-    def mask(cls, index: Rows, threshold: float = 0.5) -> Target:
-        """The pixels that a segmentation [B,C,H,W] returns above `threshold` for class `index`, with equal shares."""
-        return cls("mask", index, threshold=float(threshold))
+    def mask(cls, index: Rows, threshold: float = 0.5, *, logits: bool = False) -> Target:
+        """The pixels that a segmentation [B,C,H,W] returns above `threshold` for class `index`, with equal shares.
+        `logits`: the threshold is one of probabilities, and what the model returns is made into them."""
+        return cls("mask", index, threshold=float(threshold), what="logits" if logits else "")
 
     @classmethod
     def box(cls, query: Rows, what: int | str = "box") -> Target:
@@ -165,13 +167,15 @@ class Target:
         values = rows[every, chosen]
         if self.kind == "difference":
             return self._difference(rows, name, positions, number, chosen, signed)
-        likely = _probabilities(rows, values) if count > 1 and self.kind != "regression" else [None] * batch
-        places = [None] * batch if positions is None else positions.tolist()
-        explained = tuple(
-            Explained(row, number, name, index if count > 1 else None, None, place, value, probability)
-            for row, (index, place, value, probability) in enumerate(
-                zip(chosen.tolist(), places, values.tolist(), likely, strict=True)))
-        weights = np.where(values < 0, np.float32(-1), np.float32(1)) if signed else np.ones(batch, np.float32)
+
+        def explained() -> tuple[Explained, ...]:
+            likely = _probabilities(rows, values) if count > 1 and self.kind != "regression" else [None] * batch
+            places = [None] * batch if positions is None else positions.tolist()
+            return tuple(Explained(row, number, name, index if count > 1 else None, None, place, value, probability)
+                         for row, (index, place, value, probability) in enumerate(
+                             zip(chosen.tolist(), places, values.tolist(), likely, strict=True)))
+
+        weights = np.where(values < 0, _MINUS, _ONE) if signed else np.ones(batch, np.float32)
         return Seed(chosen[:, None], weights[:, None], explained)
 
     def _difference(self, rows: Array, name: str, positions: Array | None, number: int, chosen: Array, signed: bool
@@ -191,7 +195,7 @@ class Target:
             size = np.abs(parts.sum(1, keepdims=True))
             weights = parts / np.maximum(size, 1e-6 * np.abs(parts).max(1, keepdims=True) + 1e-30)
             weights = np.where(parts == 0, 0, weights)
-        return Seed(indices, weights.astype(np.float32), explained)
+        return Seed(indices, weights.astype(np.float32), lambda: explained)
 
     def _together(self, rows: Array, name: str, positions: Array | None, number: int, signed: bool, shown: Array
                   ) -> Seed:
@@ -222,7 +226,7 @@ class Target:
                 row, number, name, int(indices[0]) if single and count > 1 else None, None,
                 int(positions[row]) if positions is not None else None, value,
                 text=f"minus {name}" if negated else "" if single else several))
-        return Seed(padded, weights.astype(np.float32), tuple(explained))
+        return Seed(padded, weights.astype(np.float32), lambda: explained)
 
     def weighting(self, output: Array, name: str, number: int, *, signed: bool = False, shown: Array | None = None
                   ) -> tuple[Array, tuple[Explained, ...]]:
@@ -255,6 +259,7 @@ class Target:
         classes = _rows(_given(self.chosen), batch, "target", count)
         seed = np.zeros(output.shape, np.float32)
         explained = []
+        shown = pixel_probabilities(shown) if self.what == "logits" else shown
         for row, index in enumerate(classes):
             scores = shown[row, index]
             inside = scores > self.threshold
@@ -291,11 +296,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Seed:
-    """The numbers of an output that a target is about: their indices [B, k], weights [B, k], and meaning per row."""
+    """The numbers of an output that a target is about: their indices [B, k], weights [B, k], and what tells their
+    meaning, one for each row."""
 
     indices: Array
     weights: Array
-    explained: tuple[Explained, ...]
+    explained: Callable[[], Sequence[Explained]]
 
 
 def as_targets(target: object) -> tuple[tuple[Target, ...], bool]:
@@ -312,6 +318,20 @@ def as_targets(target: object) -> tuple[tuple[Target, ...], bool]:
         return (Target.index(int(target)),), False
     raise InputError(f"a target cannot be {type(target).__name__} {target!r}", where="target",
                      hint="give None, an int, a Target, or a list of them")
+
+
+def pixel_probabilities(scores: Array) -> Array:
+    """Probabilities of a segmentation's scores [B,C,...] along axis 1, float64: those of one class are the sigmoid, of
+    several the softmax; scores of several classes that are from 0 to 1 and sum to 1 are probabilities already."""
+    values = scores.astype(np.float64)
+    if values.shape[1] == 1:
+        found: Array = 1 / (1 + np.exp(-values))
+        return found
+    if values.min() >= 0 and np.allclose(values.sum(1), 1, atol=1e-4):
+        return values
+    powers = np.exp(values - values.max(1, keepdims=True))
+    found = powers / powers.sum(1, keepdims=True)
+    return found
 
 
 def _rows(given: Rows, batch: int, what: str, count: int | None = None) -> Array:
