@@ -175,6 +175,10 @@ def keys_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     Uncapturable when the model's state cannot be described; InputError when it does not take these inputs.
     """
     bound = Signature.of(model).bind(args, kwargs)
+    weights = (*model.named_parameters(), *model.named_buffers())
+    unmade = next((name for name, weight in weights if weight.is_meta), None)
+    if unmade is not None:
+        raise Uncapturable(f"`{unmade}` is on the meta device and has no numbers, to keep or to compare with")
     named = {path: x for name, value in bound.items() for path, x in tensors(value, name)}
     axes = dynamic_axes(named, options.dynamic)
 

@@ -30,6 +30,7 @@ from dlbc.passes.defer import Defer
 from dlbc.passes.differences import reference_rows
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
+from dlbc.passes.guard_denominators import GuardDenominators
 from dlbc.passes.hoist_constants import HoistConstants
 from dlbc.passes.inline import Inline
 from dlbc.passes.lower import Lower
@@ -38,6 +39,7 @@ from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions, sequence_output
+from dlbc.passes.sink_slices import SinkSlices
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc.passes.stream_attention import StreamAttention
 from dlbc_runtime.arrays import Json
@@ -111,6 +113,9 @@ def build_program(source: Source, options: Options, variant: Variant) -> Program
     """One variant, from the canonical graph to the generated module."""
     composite = options.composite.fitted(source.canonical, variant.output)
     graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
+    # Inner values that are asked for, and those that are compared with a reference's, stay whole.
+    narrow = variant.keep == "inputs" and options.reference is None
+    graph = run(graph, (SinkSlices(), EliminateDead()) if narrow else ())
     contrast = composite.contrast == "mean"
     # The seeds read every number of the output, or those at the reference, which is run before targets are known; or
     # the relevance of the head itself is kept.
@@ -145,7 +150,8 @@ def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tup
     """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
     hoisted = HoistConstants(relevance=options.precompute != "never", few=options.precompute == "auto")
     return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), hoisted,
-            EliminateDead(), StreamAttention(), *((Checkpoint(),) if checkpoint else ()), Outline())
+            EliminateDead(), StreamAttention(), GuardDenominators(),
+            *((Checkpoint(),) if checkpoint else ()), Outline())
 
 
 def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: str) -> Manifest:

@@ -491,3 +491,17 @@ def test_a_second_process_loads_little(cache_dir: Path) -> None:
     plain = "import torch, sys; print([m for m in ('jinja2', 'networkx', 'transformers') if m in sys.modules])"
     assert python(code).splitlines()[-1] == python(plain)
     assert files(cache_dir) == before
+
+
+def test_a_model_without_numbers_is_compiled_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    """Its memory can be planned before the weights are there; constants of the meta device cannot be written."""
+    monkeypatch.setenv("DLBC_CACHE_DIR", str(tmp_path))
+    with torch.device("meta"):
+        model, x = Net().eval(), torch.empty(2, 4)
+    with caplog.at_level(logging.INFO, "dlbc.cache"):
+        explainer = dlbc.compile(model, x, rules="epsilon", cache=True)
+    assert explainer.memory(sizes={"B": 8}).peak.total > 0
+    assert not list(tmp_path.glob("*.dlbc")) and "meta device" in caplog.text
+    with pytest.raises(InputError, match="no numbers"):
+        explainer(x)

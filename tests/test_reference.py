@@ -105,6 +105,8 @@ for _name in ("neg", "abs", "sign", "floor", "ceil", "round", "relu"):
     case(_name, WIDE, expected=getattr(torch, _name))
     case(_name, INTS, expected=getattr(torch, _name))
 case("negative_part", WIDE, expected=lambda x: x.clamp(max=0))
+case("threshold", WIDE, expected=lambda x: F.threshold(x, 0.0, float("inf")), value=float("inf"))
+case("threshold", WIDE, expected=lambda x: F.threshold(x, 0.5, -2.0), threshold=0.5, value=-2.0)
 case("bitwise_not", INTS, expected=torch.bitwise_not)
 case("bitwise_not", INTS.to(torch.uint8), expected=torch.bitwise_not)
 case("bitwise_not", BOOLS, expected=torch.bitwise_not)

@@ -313,6 +313,12 @@ def where(condition: Scalar, a: Scalar, b: Scalar) -> Type:
     return Type(promote(a, b), _sizes(condition, a, b))
 
 
+@op("threshold", elementwise=True)
+def threshold(x: Type, *, threshold: float = 0.0, value: float) -> Type:
+    """`x` where larger than the threshold, else `value`; NaN stays NaN."""
+    return x
+
+
 @op("glu", elementwise=True)
 def glu(gate: Type, up: Type, *, activation: str = "silu") -> Type:
     """`activation(gate) * up`: the gated product of SwiGLU ("silu"), GeGLU ("gelu", "gelu_tanh"), ..."""

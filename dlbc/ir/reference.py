@@ -98,6 +98,11 @@ def damp(m: Array, y: Array, *, eps: float) -> Array:
     return m * np.abs(y) / (np.abs(y) + eps)
 
 
+def threshold(x: Array, threshold: float, value: float) -> Array:
+    """`x` where larger than the threshold, else `value`; NaN stays NaN."""
+    return np.where(x <= threshold, value, x)
+
+
 def relu_adjoint(r: Array, x: Array) -> Array:
     """r where x > 0, else 0."""
     return np.where(x > 0, r, 0.0)
@@ -136,7 +141,7 @@ ELEMENTWISE: dict[str, Function] = {
     "negative_part": lambda x: np.minimum(x, 0),
     "gelu": gelu, "softplus": softplus, "elu": elu, "leaky_relu": leaky_relu, "prelu": prelu,
     "clamp": clamp, "cast": cast, "stabilise": stabilise, "damp": damp,
-    "relu_adjoint": relu_adjoint,
+    "relu_adjoint": relu_adjoint, "threshold": threshold,
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide, "safe_div": safe_div,
     "pow": np.power, "maximum": np.maximum, "minimum": np.minimum, "floor_divide": np.floor_divide,
     "remainder": np.mod, "bitwise_and": np.bitwise_and, "bitwise_or": np.bitwise_or,

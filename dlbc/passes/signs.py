@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dlbc.ir.core import Graph, Op, Operand, Rule, Value
 from dlbc.ir.ops import attr
 from dlbc.passes.carriers import MOVES, data_operands
@@ -11,20 +13,30 @@ _KEEPS = MOVES | {"add", "mul", "div", "where", "max_pool", "adaptive_max_pool",
                   "mean", "sum", "cumsum", "amax", "amin", "max_with_index", "min_with_index", "maximum", "minimum",
                   "topk", "sort", "scatter_add"}
 """Ops whose results are never negative where none of the numbers they read is."""
+_LINEAR = frozenset({"linear", "linear_rows", "matmul", "einsum",
+                     *(f"conv{transposed}{rank}d" for transposed in ("", "_transpose") for rank in (1, 2, 3))})
+"""The same, and their weights and biases are among what they read."""
 
 
 def nonnegative(graph: Graph) -> set[str]:
     """Names of the forward values of which all numbers are >= 0, whatever the inputs and weights."""
     found: set[str] = set()
-    for op in graph.forward.ops:
+    never_negative(graph.forward.ops, found)
+    return found
+
+
+def never_negative(ops: Iterable[Op], found: set[str]) -> None:
+    """Add to `found`, the names known so far, those of the ops' results of which all numbers are >= 0."""
+    for op in ops:
         if _is_nonnegative(op, found):
             found |= {r.name for r in op.results}
-    return found
 
 
 def _is_nonnegative(op: Op, found: set[str]) -> bool:
     if op.name in _ALWAYS:
         return True
+    if op.name in _LINEAR:
+        return all(known(o, found) for o in op.operands if o is not None)
     if op.name == "clamp":
         return _at_least_0(attr(op, "low"))
     if op.name == "pad" and not _at_least_0(attr(op, "value")):

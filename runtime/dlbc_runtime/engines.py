@@ -88,6 +88,9 @@ class TorchEngine:
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs as tensors."""
+        if self.device.type == "meta":
+            raise InputError("the model's weights are on the meta device and have no numbers",
+                             hint="load them (`model.to_empty(device=...)`, then a state dict), and compile again")
         found = {}
         for name, value in given.items():
             tensor = self.torch.as_tensor(value)

@@ -296,6 +296,9 @@ class Explainer:
     def _prepared(self, loaded: Loaded) -> Any:
         """Values computed from weights alone, made anew when one of those weights has changed."""
         state = tuple(self._engine.version(self._weights[n]) for n in loaded.program.manifest.prepared_from)
+        found = loaded.prepared
+        if found[0] == state:
+            return found[1]
         with loaded.lock:
             if loaded.prepared[0] != state:
                 loaded.prepared = (state, loaded.module.prepare(self._weights))

@@ -125,6 +125,11 @@ def relu_adjoint(r: Array, x: Array) -> Array:
     return np.where(x > 0, r, r.dtype.type(0))
 
 
+def threshold(x: Array, threshold: float, value: float) -> Array:
+    """`x` where larger than the threshold, else `value`; NaN stays NaN."""
+    return np.where(x <= threshold, x.dtype.type(value), x)
+
+
 def damp(m: Array, y: Array, eps: float) -> Array:
     """`m |y| / (|y| + eps)`."""
     size = np.abs(y)

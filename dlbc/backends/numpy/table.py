@@ -36,6 +36,7 @@ TABLE: dict[str, Expression] = {
     "stabilise": "np.where({a} < 0, {a} - {eps}, {a} + {eps})",
     "damp": "kernels.damp({a:t}, {b:t}, {eps})", "relu_adjoint": "kernels.relu_adjoint({a:t}, {b})",
     "safe_div": "kernels.safe_div({a:t}, {b:t})",
+    "threshold": "kernels.threshold({a}, {threshold}, {value})",
     "maximum": "np.maximum({a:t}, {b:t})",
     "minimum": "np.minimum({a:t}, {b:t})",
     # reductions and scans

@@ -31,6 +31,7 @@ TABLE: dict[str, Expression] = {
     "damp": "kernels.damp({a:t}, {b:t}, {eps})",
     "relu_adjoint": "kernels.relu_adjoint({a:t}, {b})",
     "safe_div": "kernels.safe_div({a:t}, {b:t})",
+    "threshold": "F.threshold({a}, {threshold}, {value})",
     # reductions and scans
     "cumsum": "torch.cumsum({a}, {dim})",
     "softmax": "torch.softmax({a}, {dim})",
@@ -69,6 +70,7 @@ OVERWRITING: dict[str, Expression] = {
     "safe_div": "kernels.safe_div_({a}, {b:t})",
     "stabilise": "kernels.stabilise_({a}, {eps})",
     "negative_part": "{a}.clamp_(max=0)",
+    "threshold": "F.threshold_({a}, {threshold}, {value})",
 }
 """The expression of an op that puts its result over its first operand, which dies."""
 
