@@ -17,10 +17,10 @@ PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test fuzz peers lint fmt bench faithful clean
+.PHONY: help venv demo test fuzz peers gpu-test gpu-bench lint fmt bench faithful clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.installed  ## set up .venv with everything below
 
@@ -36,6 +36,12 @@ fuzz: venv  ## try the passes on random models for MINUTES=10, until one shows a
 peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers (what they cost: benchmarks/cost_peers.py)
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
+gpu-test: venv  ## check kernels and models on a GPU; says so where there is none
+	$(PY) -m pytest -m gpu tests $(ARGS)
+
+gpu-bench: venv  ## what explanations cost on a GPU; says so where there is none
+	$(PY) benchmarks/gpu.py $(ARGS)
+
 lint: venv  ## ruff, mypy --strict, import directions
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -45,7 +51,7 @@ fmt: venv  ## let ruff sort imports and fix what it can
 	$(PY) -m ruff check --fix .
 
 bench: venv  ## run every benchmark (one file per claim in the README; the peers' have their own environment)
-	@set -e; for file in $(filter-out benchmarks/peers.py benchmarks/cost_peers.py benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	@set -e; for file in $(filter-out benchmarks/peers.py benchmarks/cost_peers.py benchmarks/gpu.py benchmarks/_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$file"; $(PY) $$file $(ARGS); done
 
 faithful: venv  ## measure how faithful each preset is, on trained models (hours; resumes), and write the tables

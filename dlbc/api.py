@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dlbc.compiler import compile_now
 from dlbc.errors import InputError
+from dlbc.gpu import choose
 from dlbc.options import Options
 from dlbc_runtime.memory import as_bytes
 from dlbc_runtime.program import Variant
@@ -28,13 +29,18 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
             dynamic: bool | Mapping[str, Collection[int]] = True, explain: Collection[str] = (), keep: str = "inputs",
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
             dump: str | os.PathLike[str] | None = None, reference: object = None,
-            memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto") -> Explainer:
+            memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto",
+            target: str | None = None, precision: str = "ieee") -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
     `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds, from measured
     faithfulness (`docs/faithfulness.md`), and `explainer.rules()` says what and why.
-    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), or "auto".
+    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), "triton" (fused kernels for a GPU;
+    `docs/triton.md`), or "auto": torch.
+    `target`: the architecture that Triton's kernels are written for: "sm_80", "sm_86", "sm_89" or "sm_90"; default:
+    that of the GPU the model is on. `precision`: how they multiply float32 numbers: "ieee", "tf32x3" (as exact, nearly)
+    or "tf32" (10 bits).
     `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
     `explain`: names of the inputs to explain (default: all but those called mask, or integer positions).
     `keep`, `output`: defaults for calls.
@@ -61,8 +67,11 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
         raise InputError(f"precompute={precompute!r}", hint='"auto", "never" or "always"')
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
-    options = Options(rules, "torch" if backend == "auto" else backend, dynamic, explained,
-                      fallback, dump_to, None if reference is None else Reference.of(reference), precompute)
+    if precision not in ("ieee", "tf32x3", "tf32"):
+        raise InputError(f"precision={precision!r}", hint='"ieee", "tf32x3" or "tf32"')
+    chosen, architecture = choose(model, backend, target)
+    options = Options(rules, chosen, dynamic, explained, fallback, dump_to,
+                      None if reference is None else Reference.of(reference), precompute, architecture, precision)
     default = Variant(keep=keep, output=output, checkpoint=checkpoint)
     budget = None if memory_budget is None else as_bytes(memory_budget)
     if cache and not dump_to:

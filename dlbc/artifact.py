@@ -54,7 +54,7 @@ def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
                              recipe=artifact.recipe)
     if artifact.recipe["rules"]["entries"] is None:  # type: ignore[index, call-overload]
         explainer = Explainer(programs, explainer.weights, default=artifact.default, draw=draw, recipe=artifact.recipe,
-                              build=partial(_refuse, artifact.where), reference=artifact.reference)
+                              build=partial(_refuse, artifact.where), reference=artifact.reference, model=model)
     return explainer
 
 

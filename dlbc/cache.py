@@ -256,7 +256,7 @@ def _reused(artifact: Artifact, path: Path, model: torch.nn.Module, options: Opt
         return None
     return Explainer(artifact.programs, weights, default=default, build=_Build(artifact, options),
                      recompile=recompile, draw=draw, recipe=artifact.recipe,
-                     reference=options.reference)
+                     reference=options.reference, model=model)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dlbc import __version__
 from dlbc.backends import load as load_backend
 from dlbc.backends.footprint import plan_of
+from dlbc.backends.work import work_of
 from dlbc.batch import batch_of
 from dlbc.bounds import input_bounds
 from dlbc.errors import InputError
@@ -30,6 +31,8 @@ from dlbc.passes.defer import Defer
 from dlbc.passes.differences import reference_rows
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
+from dlbc.passes.fuse import Fuse
+from dlbc.passes.fuse_attention import FuseAttention
 from dlbc.passes.guard_denominators import GuardDenominators
 from dlbc.passes.hoist_constants import HoistConstants
 from dlbc.passes.inline import Inline
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LEVELS = ("exported", "canonical", "paired", "lowered")
+FUSE: tuple[Pass, ...] = (FuseAttention(), Fuse())
+"""From level 3 to level 4, for backends that write kernels."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
         recompile = partial(_recompile, model, options, default)
     return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw,
                      recipe=recipe_of(options, weights, model) if recipe is None else recipe,
-                     reference=options.reference)
+                     reference=options.reference, model=model)
 
 
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
@@ -137,9 +142,16 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
     backend = load_backend(options.backend)
+    if options.backend == "triton":
+        from dlbc.backends.triton import refused
+
+        graph = run(graph.with_attrs(target=f"triton:{options.target}", precision=options.precision), FUSE)
+        texts["fused"] = print_graph(graph)
     module = backend.emit(graph)
     manifest = replace(describe(source, paired, graph, options.backend, variant.output),
-                       memory=plan_of(graph, backend.overwriting), batch=batch_of(source.canonical), pad=source.pad)
+                       memory=plan_of(graph, backend.overwriting, fused=options.backend == "triton"),
+                       batch=batch_of(source.canonical), pad=source.pad,
+                       work=work_of(graph, "torch", refused(graph)) if options.backend == "triton" else ())
     program = Program(manifest, module, texts)
     if options.dump:
         (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)
@@ -150,7 +162,8 @@ def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tup
     """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
     hoisted = HoistConstants(relevance=options.precompute != "never", few=options.precompute == "auto")
     return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), hoisted,
-            EliminateDead(), StreamAttention(), GuardDenominators(),
+            EliminateDead(), StreamAttention(),
+            *(() if options.backend == "triton" else (GuardDenominators(),)),  # kernels guard in registers
             *((Checkpoint(),) if checkpoint else ()), Outline())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dlbc.built import first_line, is_built, load_built
 from dlbc.errors import InputError
 from dlbc_runtime.arrays import Array
+from dlbc_runtime.tasks_kinds import labels_of
 
 if TYPE_CHECKING:
     import torch
 
 IMAGES = "ImageClassification"
+PICTURES = (IMAGES, "SemanticSegmentation", "ObjectDetection")
+"""What models of pictures do, as transformers calls it."""
+TRANSLATION = "Seq2SeqLM"
+_KINDS = {"ForCausalLM": "CausalLM", "LMHeadModel": "CausalLM", "ForSequenceClassification": "SequenceClassification",
+          "ForImageClassification": IMAGES}
+_MORE_KINDS = {**_KINDS, **{f"For{kind}": kind for kind in PICTURES}, "ForConditionalGeneration": TRANSLATION}
+"""What an architecture's name ends in, and what it is for."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WANTED = "give a folder with config.json and *.safetensors, a GGUF file, a hub name such as org/name, or file.py:build"
 
@@ -97,11 +105,21 @@ def load_text(spec: str, *, gguf: str | None = None, device: str = "cpu") -> Tex
     if causal:
         config: Any = model.config
         config.use_cache = False
-    return TextModel(spec, model.to(device), tokenizer, {} if causal else _labels(model.config), causal)
+    return TextModel(spec, model.to(device), tokenizer, {} if causal else labels_of(model), causal)
 
 
-def load_image(spec: str, *, device: str = "cpu") -> ImageModel:
-    """An image classifier with its preprocessing. InputError when it cannot be had."""
+def load_translation(spec: str, *, device: str = "cpu") -> TextModel:
+    """An encoder-decoder, such as T5, with its tokenizer. InputError when it cannot be had."""
+    source = _checked_source(spec, folder_of(spec))
+    with _loading(spec) as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = _pretrained(transformers.AutoModelForSeq2SeqLM, source)
+    return TextModel(spec, model.to(device), tokenizer, {}, causal=False)
+
+
+def load_image(spec: str, *, device: str = "cpu", kinds: Collection[str] = (IMAGES,)) -> ImageModel:
+    """An image classifier (or another of `kinds`, of `PICTURES`) with its preprocessing. InputError when it cannot be
+    had."""
     if is_built(spec):
         built = load_built(spec)
         if not callable(built.second):
@@ -109,21 +127,24 @@ def load_image(spec: str, *, device: str = "cpu") -> ImageModel:
                              hint="for images it returns (model, preprocess): preprocess makes the input [1,C,H,W] "
                                   "of a PIL image")
         return ImageModel(built.name, built.model.to(device), built.second, built.labels)
-    if _is_efficientnet(spec):
+    if is_efficientnet(spec):
         from dlbc.packaged import efficientnet_lite0
 
         own, preprocess, picture = efficientnet_lite0()
         return ImageModel("efficientnet-lite0", own.to(device), preprocess, {}, picture)
     source = _checked_source(spec, folder_of(spec))
+    kind = IMAGES if tuple(kinds) == (IMAGES,) else task_of(spec)
+    if kind not in kinds:
+        raise InputError(f"the model is for {kind}", where=spec, hint=f"give one for {', '.join(kinds)}")
     with _loading(spec) as transformers:
         processor = transformers.AutoImageProcessor.from_pretrained(source)
-        model = _pretrained(transformers.AutoModelForImageClassification, source)
+        model = _pretrained(getattr(transformers, f"AutoModelFor{kind}"), source)
 
     def processed(image: Any) -> torch.Tensor:
         pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return pixels
 
-    return ImageModel(spec, model.to(device), processed, _labels(model.config), _shown(processor))
+    return ImageModel(spec, model.to(device), processed, labels_of(model), _shown(processor))
 
 
 def load_any(spec: str) -> tuple[torch.nn.Module, object]:
@@ -137,7 +158,7 @@ def load_any(spec: str) -> tuple[torch.nn.Module, object]:
                              hint="here it returns (model, example_inputs): a tensor, a tuple or a dict of them")
         return built.model, built.second
     folder = folder_of(spec)
-    if _is_efficientnet(spec) or (_has_weights(folder) and _task(_checked_source(spec, folder), spec) == IMAGES):
+    if is_efficientnet(spec) or (_has_weights(folder) and _task(_checked_source(spec, folder), spec) == IMAGES):
         image = load_image(spec)
         size = _side(image.model)
         return image.model, torch.zeros(1, 3, size, size)
@@ -186,7 +207,8 @@ def _has_weights(folder: Path | None) -> bool:
     return folder is not None and any(folder.glob("*.safetensors"))
 
 
-def _is_efficientnet(spec: str) -> bool:
+def is_efficientnet(spec: str) -> bool:
+    """Whether a spec names the packaged EfficientNet-Lite0."""
     return spec.lower().replace("_", "-").removesuffix("-pytorch-model") == "efficientnet-lite0"
 
 
@@ -196,13 +218,18 @@ def _pickled(path: Path) -> InputError:
                            "which writes safetensors; or load it in a file.py:build of your own")
 
 
-def _task(source: str, spec: str) -> str:
+def task_of(spec: str) -> str:
+    """What a folder's or hub name's model is for, as transformers calls it: CausalLM, SequenceClassification,
+    `TRANSLATION` or one of `PICTURES`. InputError for others."""
+    return _task(_checked_source(spec, folder_of(spec)), spec, _MORE_KINDS)
+
+
+def _task(source: str, spec: str, kinds: Mapping[str, str] = _KINDS) -> str:
     """CausalLM, SequenceClassification or ImageClassification, by the architecture that the configuration names."""
     with _loading(spec) as transformers:
         config = transformers.AutoConfig.from_pretrained(source)
     names = list(config.architectures or ())
-    for ending, task in (("ForCausalLM", "CausalLM"), ("LMHeadModel", "CausalLM"),
-                         ("ForSequenceClassification", "SequenceClassification"), ("ForImageClassification", IMAGES)):
+    for ending, task in kinds.items():
         if any(name.endswith(ending) for name in names):
             return task
     raise InputError(f"the model is a {names[0] if names else config.model_type}: neither a causal language model nor "
@@ -221,12 +248,6 @@ def _pretrained(auto: Any, source: str) -> torch.nn.Module:
                          hint="they would be random numbers; give the model in its trained form")
     found: torch.nn.Module = model.eval()
     return found
-
-
-def _labels(config: Any) -> dict[int, str]:
-    """Names of the classes; none when the configuration only numbers them."""
-    found = {int(index): str(name) for index, name in (config.id2label or {}).items()}
-    return {} if all(name == f"LABEL_{index}" for index, name in found.items()) else found
 
 
 def _shown(processor: Any) -> Callable[[torch.Tensor], Array] | None:

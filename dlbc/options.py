@@ -30,6 +30,10 @@ class Options:
     """What inputs are compared with: the program depends on whether there is one, not on which."""
     precompute: str = "auto"
     """Which parts of weights that rules need (|W|, say) are kept between calls: "auto", "never", "always"."""
+    target: str = ""
+    """The GPU architecture that kernels are written for ("sm_90"), of the backends that write some."""
+    precision: str = "ieee"
+    """How kernels multiply float32 numbers: "ieee", "tf32x3" or "tf32"."""
 
     @property
     def composite(self) -> Composite:
@@ -50,6 +54,7 @@ def recipe_of(options: Options, weights: Iterable[str], model: torch.nn.Module |
     return {"rules": composite_to_json(composite),
             "dynamic": dynamic, "explain": list(options.explain), "differences": options.reference is not None,
             "precompute": options.precompute,
+            **({"target": options.target, "precision": options.precision} if options.target else {}),
             "constants": [name for name in weights if name not in known]}
 
 
@@ -61,7 +66,8 @@ def options_of(recipe: Mapping[str, Any], backend: str, reference: Reference | N
     composite = composite_from_json(rules)
     return Options(composite, backend, dynamic if isinstance(dynamic, bool) else {
         str(name): tuple(map(int, axes)) for name, axes in dynamic.items()}, tuple(map(str, recipe["explain"])),
-        None, None, reference, str(recipe["precompute"]))
+        None, None, reference, str(recipe["precompute"]), str(recipe.get("target", "")),
+        str(recipe.get("precision", "ieee")))
 
 
 def _state_names(model: torch.nn.Module) -> set[str]:

@@ -228,6 +228,73 @@ def test_a_difference_is_checked_against_what_it_is_the_difference_of(causal: Pa
     assert result.exit_code == 0, result.output
 
 
+def test_a_text_is_continued_and_every_token_explained(causal: Path, tmp_path: Path) -> None:
+    from dlbc_runtime.generation import GenerationExplanation
+
+    page, kept = tmp_path / "x.html", tmp_path / "x.json"
+    result = run("explain", "text", "-m", causal, "the sky is", "--generate", 4, "--rules", "attnlrp", "--layers",
+                 "--html", page, "--save", kept)
+    assert result.exit_code == 0, result.output
+    found = GenerationExplanation.load(kept)
+    assert found.prompt_length == 3 and len(found.new_ids) == 4 and len(found.explained) == 4 and len(found.layers) == 1
+    assert "owes most to" in result.stdout and f"wrote {page}" in result.stdout.replace("\n", "")
+    assert 'id="text"' in page.read_text() and "model.layers.0" in page.read_text()
+
+
+@pytest.mark.parametrize(("options", "strategy"), [
+    (("--temperature", 0.7), "temperature"), (("--top-k", 3, "--temperature", 2), "top_k"),
+    (("--top-p", 0.8, "--top-k", 9), "top_p"), (("--beams", 2), "beam_search")])
+def test_how_it_is_generated(causal: Path, tmp_path: Path, options: tuple[object, ...], strategy: str) -> None:
+    from dlbc_runtime.generation import GenerationExplanation
+
+    texts = []
+    for place in range(2):
+        kept = tmp_path / f"{place}.json"
+        seed = () if strategy == "beam_search" else ("--seed", 3)
+        result = run("explain", "text", "-m", causal, "the sky is", "-g", 3, *options, *seed, "--save", kept)
+        assert result.exit_code == 0, result.output
+        texts.append(GenerationExplanation.load(kept))
+    assert texts[0].strategy == strategy and texts[0].ids.tolist() == texts[1].ids.tolist()
+
+
+def test_why_this_token_came_and_not_another(causal: Path, tmp_path: Path) -> None:
+    from dlbc_runtime.generation import GenerationExplanation
+
+    for against, token in (("blue", " blue"), ("alternative", "")):
+        kept = tmp_path / "x.json"
+        result = run("explain", "text", "-m", causal, "the sky is", "-g", 2, "--against", against, "--save", kept)
+        assert result.exit_code == 0, result.output
+        found = GenerationExplanation.load(kept)
+        assert found.target == "contrast" and "rather than" in result.stdout
+        assert not token or set(map(str.strip, found.against_tokens)) == {token.strip()}
+
+
+def test_options_that_do_not_go_together_are_said_before_any_work(causal: Path, classifier: Path) -> None:
+    text = ("explain", "text", "-m", "nowhere", "the sky")
+    assert "--top-p is for text that is generated" in fails(*text, "--top-p", 0.5)
+    assert "add --generate 20" in fails(*text, "--seed", 1)
+    assert "--target is not for text that is generated" in fails(*text, "-g", 3, "--target", "blue")
+    assert "--check is not for text" in fails(*text, "-g", 3, "--check")
+    assert "--beams and --top-k" in fails(*text, "-g", 3, "--beams", 2, "--top-k", 4)
+    assert "classifies texts and generates none" in fails("explain", "text", "-m", classifier, "good film", "-g", 3)
+    assert "--against: 'sky blue' is not one token" in fails("explain", "text", "-m", causal, "the sky", "-g", 1,
+                                                             "--against", "sky blue")
+
+
+def test_what_an_interruption_leaves_is_shown_and_written(causal: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlbc_runtime.generated_result import Making
+    from dlbc_runtime.generation import GenerationExplanation
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Making, "explain", interrupted)
+    kept = tmp_path / "x.json"
+    result = run("explain", "text", "-m", causal, "the sky is", "-g", 3, "--save", kept)
+    assert result.exit_code == 130 and not GenerationExplanation.load(kept).finished
+
+
 def test_classes_have_names(classifier: Path) -> None:
     result = run("explain", "text", "-m", classifier, "good film .", "--target", "Positive", "--rules", "cp-lrp")
     assert result.exit_code == 0, result.output
@@ -267,7 +334,7 @@ def test_check_names_the_worst_operation_first(causal: Path, monkeypatch: pytest
         rows[3] = replace(rows[3], outgoing=rows[3].outgoing - 20)
         return ledger.Ledger(tuple(rows), found.seed, found.inputs, found.gross)
 
-    monkeypatch.setattr("dlbc_runtime.explainer.ledger_of", leaking)
+    monkeypatch.setattr("dlbc_runtime.call.ledger_of", leaking)
     result = run("explain", "text", "-m", causal, "the sky is", "--check")
     assert result.exit_code == 1
     first, second, last = result.stderr.splitlines()
@@ -388,6 +455,22 @@ def test_what_is_wrong_with_a_table_is_said(file: Path, data: Path) -> None:
     assert "the model takes 3 columns, the data has 2: income, debt" in fails(*table, "--drop", "name", "--drop", "age")
     assert "there is no row 2" in fails(*table, "--row", 2, "--drop", "name")
     assert "there is no column 'nme'" in fails(*table, "--drop", "nme")
+
+
+def test_a_memory_budget_changes_no_result(causal: Path, tmp_path: Path) -> None:
+    found = []
+    for place, budget in enumerate(((), ("--memory-budget", "1MB"))):
+        path = tmp_path / f"{place}.json"
+        result = run("explain", "text", "-m", causal, "the sky is", *budget, "--save", path)
+        assert result.exit_code == 0, result.output
+        found.append(Explanation.load(path).relevance["input_ids"])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_memory_budget_that_does_not_do_is_said(causal: Path, file: Path, data: Path) -> None:
+    assert "memory_budget is 'much'" in fails("explain", "text", "-m", "nowhere", "hello", "--memory-budget", "much")
+    table = ("explain", "table", "-m", file, data, "--drop", "name", "--memory-budget")
+    assert "1 B" in fails(*table, "1")
 
 
 def test_what_is_wrong_with_a_build_is_said(file: Path, data: Path) -> None:

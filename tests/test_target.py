@@ -156,3 +156,38 @@ def test_a_floating_mask_has_the_sequence_of_the_ids() -> None:
     explainer = dlbc.compile(Masked().eval(), (ids, mask), rules="epsilon", cache=False)
     assert [one.position for one in explainer(ids, mask).target] == [2, 1]
     assert explainer(ids[:, :2], mask[:, :2]).relevance["ids"].shape == (2, 2)
+
+
+def test_a_difference_without_a_rival_takes_the_likeliest_other() -> None:
+    explainer = dlbc.compile(layer(0.0), X, rules="epsilon", cache=False)
+    found, wanted = (explainer(X, target=dlbc.Target.difference(1, against)) for against in (None, 0))
+    np.testing.assert_array_equal(found.relevance["input"], wanted.relevance["input"])
+    assert found.target[0].against == 0
+    single = nn.Linear(2, 1).eval()
+    with pytest.raises(InputError, match="no other"):
+        dlbc.compile(single, X, rules="epsilon", cache=False)(X, target=dlbc.Target.difference(0))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_log_odds_weigh_the_others_by_their_share_of_the_rest(signed: bool) -> None:
+    """d log(p / (1 - p)) / dy_j = -p_j / (1 - p) for the others, and 1 for the number itself."""
+    logits = np.array([[2.0, 1.0, 0.0, -1.0], [0.5, 3.0, 0.5, 0.5]], np.float32)
+    seed = dlbc.Target.probability([0, 2]).seed(logits, "logits", None, 0, signed=signed)
+    odds = torch.from_numpy(logits.astype(np.float64)).requires_grad_(True)
+    likely = torch.softmax(odds, -1)[[0, 1], [0, 2]]
+    log_odds = torch.log(likely / (1 - likely))
+    (wanted,) = torch.autograd.grad(log_odds.sum(), odds)
+    if signed:  # relevance of each is its part of the size of the sum
+        parts = wanted * odds.detach()
+        wanted = parts / parts.sum(-1, keepdim=True).abs()
+    for row in range(2):
+        order = np.argsort(seed.indices[row])
+        np.testing.assert_allclose(seed.weights[row][order], wanted[row].detach(), rtol=1e-5)
+    explained = seed.explained()
+    np.testing.assert_allclose([one.value for one in explained], log_odds.detach(), rtol=1e-6)
+    np.testing.assert_allclose([one.probability for one in explained], likely.detach(), rtol=1e-6)
+
+
+def test_log_odds_need_others() -> None:
+    with pytest.raises(InputError, match="among others"):
+        dlbc.Target.probability(0).seed(np.ones((1, 1), np.float32), "y", None, 0, signed=False)

@@ -16,6 +16,7 @@ from dlbc.ir.core import Graph
 BACKENDS = {
     "numpy": "dlbc.backends.numpy",
     "torch": "dlbc.backends.torch",
+    "triton": "dlbc.backends.triton",
 }
 """Where each backend is: the module that has its `name`, `overwriting` and `emit`."""
 

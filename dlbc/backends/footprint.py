@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dlbc.backends.layout import Layout, numbers, shape_of, typical_sizes
-from dlbc.backends.liveness import deaths, reusable
+from dlbc.backends.liveness import deaths, reusable, whole
 from dlbc.ir.core import Graph, Kernel, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Dim, Sym, maximum, minimum, product
 from dlbc.ir.ops import OPS
@@ -51,15 +51,17 @@ def bytes_of(type: Type) -> Dim:
     return product(type.shape) * BYTES[type.dtype]
 
 
-def plan_of(graph: Graph, overwriting: Mapping[str, object]) -> Plan:
-    """The plan of a lowered graph; `overwriting` are the ops that the backend can write over an operand."""
-    return _Planner(graph, overwriting).plan()
+def plan_of(graph: Graph, overwriting: Mapping[str, object], *, fused: bool = False) -> Plan:
+    """The plan of a lowered graph; `overwriting` are the ops that the backend can write over an operand. `fused`:
+    kernels are run as one, and hold nothing but their results; otherwise op by op."""
+    return _Planner(graph, overwriting, fused).plan()
 
 
 @dataclass
 class _Planner:
     graph: Graph
     overwriting: Mapping[str, object]
+    fused: bool = False
     buffers: list[_Buffer] = field(default_factory=list)
     steps: list[tuple[str, str, str]] = field(default_factory=list)
     called_at: str = ""
@@ -98,6 +100,7 @@ class _Planner:
     def _body(self, section: str, items: Sequence[Op | Kernel], keep: set[str], own: Iterable[str],
               env: dict[str, _Place]) -> None:
         """The steps of ops; values that nothing reads any more leave `env`."""
+        items = [whole(item) if isinstance(item, Kernel) and self.fused else item for item in items]
         ops = [op for item in items for op in (item.body if isinstance(item, Kernel) else (item,))]
         dying = deaths(ops, keep, list(own))
         reused = reusable(ops, dying, keep, self.overwriting)

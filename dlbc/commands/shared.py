@@ -31,11 +31,14 @@ Drop = Annotated[list[str] | None, typer.Option("--drop", help="A column that th
 Rules = Annotated[str, typer.Option("--rules", "-r", rich_help_panel=_HOW,
                                     help="A preset: auto, attnlrp, cp-lrp, epsilon, gamma, epsilon-plus-flat, dlb, "
                                          "dlb-contrastive, input-x-gradient and others (docs/rules.md).")]
-Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch or numpy.")]
+Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch, numpy or triton.")]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=_HOW, help="A torch device, e.g. cpu or cuda.")]
 Fallback = Annotated[str | None, typer.Option(
     "--fallback", rich_help_panel=_HOW, help="`gradient`: pass operations without a rule by their gradient.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", rich_help_panel=_HOW, help="Reuse compiled explainers.")]
+Budget = Annotated[str | None, typer.Option(
+    "--memory-budget", rich_help_panel=_HOW,
+    help="Memory that explaining may take besides the weights, e.g. 2GB; it is then done in parts as far as needed.")]
 Top = Annotated[int, typer.Option("--top", rich_help_panel=_OUT, min=0, help="How many of the strongest to list.")]
 Html = Annotated[Path | None, typer.Option("--html", rich_help_panel=_OUT, help="Write a page, complete in one file.")]
 Png = Annotated[Path | None, typer.Option("--png", rich_help_panel=_OUT, help="Write a picture.")]
@@ -140,6 +143,15 @@ def working(what: str) -> Iterator[None]:
         return
     with watched.status(f"{what} …"):
         yield
+
+
+def bytes_of(budget: str | None) -> int | None:
+    """The bytes of `--memory-budget`. InputError, before any work, for what is none."""
+    if budget is None:
+        return None
+    from dlbc_runtime.memory import as_bytes
+
+    return as_bytes(int(budget) if budget.isdigit() else budget)
 
 
 def index_of(target: str | None, labels: dict[int, str] | None = None) -> int | None:

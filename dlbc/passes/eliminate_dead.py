@@ -32,7 +32,7 @@ class EliminateDead(Pass):
         weights = {o.name for op in ops for o in op.inputs if isinstance(o, Weight)}
         called = [op for f in graph.functions.values() for op in Section(body=f.body).ops]
         weights |= {o.name for op in called for o in op.inputs if isinstance(o, Weight)}
-        places = {op.place for op in ops}
+        places = {op.place for op in (*ops, *called)}
         return replace(graph,
                        weights={n: w for n, w in graph.weights.items() if n in weights},
                        locations={p: at for p, at in graph.locations.items() if p in places})

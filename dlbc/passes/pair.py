@@ -55,7 +55,8 @@ class Pair(Pass):
     """Give every carrying forward op its relevance op, by the rules of `composite` (a preset's name).
 
     `output`: the user's name of the output that is explained (default `logits`, else the first that carries
-    relevance). `keep`: also return the relevance of inner places: "modules", "all", or a module-path glob.
+    relevance). `keep`: also return the relevance of inner places: "modules", "all", or module-path globs with
+    commas between them.
     `reference`: explain differences to a reference input, whose values are parameters `%ref.*` (`differences.py`).
     """
 
@@ -175,7 +176,7 @@ class _Pairing:
                 if op.result.name in known:
                     last[".".join(parts[:depth])] = op.result.name
         chosen = {place: name for place, name in last.items()
-                  if self.keep == "modules" or fnmatchcase(place, self.keep)}
+                  if self.keep == "modules" or any(fnmatchcase(place, one.strip()) for one in self.keep.split(","))}
         if not chosen:
             raise InputError(f"keep={self.keep!r} matches no module", hint=f"modules: {', '.join(list(last)[:8])}, ...")
         found: dict[str, str] = {}

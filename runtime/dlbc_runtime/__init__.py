@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from dlbc_runtime.artifact import load
     from dlbc_runtime.explainer import Explainer
     from dlbc_runtime.explanation import Explanation
+    from dlbc_runtime.generation import GenerationExplanation
     from dlbc_runtime.reference import Reference
     from dlbc_runtime.target import Target
 
-_HOMES = {"Explainer": "explainer", "Explanation": "explanation", "Reference": "reference", "Target": "target",
-          "load": "artifact"}
-__all__ = ["Explainer", "Explanation", "Reference", "Target", "load"]
+_HOMES = {"Explainer": "explainer", "Explanation": "explanation", "GenerationExplanation": "generation",
+          "Reference": "reference", "Target": "target", "load": "artifact"}
+__all__ = ["Explainer", "Explanation", "GenerationExplanation", "Reference", "Target", "load"]
 
 
 def __getattr__(name: str) -> Any:

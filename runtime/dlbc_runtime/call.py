@@ -92,6 +92,7 @@ class Call:
             nodes=Arrays({n: single[n] for n in manifest.nodes}) if manifest.nodes else NOTHING,
             activations=Arrays(activations) if activations else NOTHING,
             rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
+            draw_source=explainer.draw,
             positive=Arrays({n: self._found(positive[n]) for n in manifest.explained}) if positive else NOTHING,
             negative=Arrays({n: self._found(negative[n]) for n in manifest.explained}) if negative else NOTHING,
             method=Method(manifest.model, manifest.backend, self.multiplier,

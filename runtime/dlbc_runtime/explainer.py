@@ -8,7 +8,8 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlbc_runtime.arrays import Json, as_numpy
 from dlbc_runtime.call import Call, Loaded, check_contrastive
@@ -24,9 +25,13 @@ from dlbc_runtime.signature import RangeError, SizeError, dtype_name
 from dlbc_runtime.sinks import apart
 from dlbc_runtime.sinks import check as check_sinks
 from dlbc_runtime.target import Target, as_targets
+from dlbc_runtime.work import Work, WorkRow
 
 if TYPE_CHECKING:
     import networkx
+
+    from dlbc_runtime.sampler import Sampler
+    from dlbc_runtime.tasks_result import TaskResult
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +50,8 @@ class Explainer:
     def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *,
                  default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
                  draw: Draw | None = None, recipe: Mapping[str, Json] | None = None,
-                 reference: Reference | None = None, memory_budget: int | None = None) -> None:
+                 reference: Reference | None = None, memory_budget: int | None = None, model: Any = None) -> None:
+        self._model = model
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
         self._manifest = self._programs[self._default].manifest
@@ -94,6 +100,11 @@ class Explainer:
         return self._memory_budget
 
     @property
+    def model(self) -> Any:
+        """The model that was compiled, the user's own; None for an explainer that was loaded without it."""
+        return self._model
+
+    @property
     def weights(self) -> Mapping[str, Any]:
         """The model's tensors that the programs read, by name. References, not copies."""
         return dict(self._weights)
@@ -117,9 +128,30 @@ class Explainer:
                                 hint="use dlbc.load, or read the text with explainer.ir()")
         return self._draw(self.ir(level))
 
+    def draw(self, path: str | os.PathLike[str], explanation: Explanation | None = None, *,
+             by: Literal["module", "op"] = "module", top_k: int | None = None, opened: Sequence[str] = (),
+             title: str = "") -> Path:
+        """Draw the model's graph to `.svg`, `.png` or an interactive `.html`; returns the path.
+
+        Modules are laid out from the inputs down, repeated blocks folded; `opened` names modules to draw beside the
+        whole. With an explanation made with `keep="all"` (or "modules") nodes are coloured by relevance and edges as
+        thick as what flows along them; `top_k` then leaves only so many of the most relevant places. `by`: a node for
+        each module that has none inside, or for each operation. InputError for what does not fit.
+        """
+        from dlbc_runtime.views.graph import draw
+
+        return draw(self.graph("canonical"), self.manifest.explained, os.fspath(path), explanation=explanation, by=by,
+                    top_k=top_k, opened=opened, title=title or self.manifest.model)
+
     def rules(self) -> Rules:
         """Which rule explains which place, from the output back; and what `auto` chose, and why."""
         return Rules(self.manifest.rules, self.manifest.composite, self.manifest.reason)
+
+    def plan(self) -> Work:
+        """What runs where, and why: one line for each kernel and for each op that is in none. Printed as a table."""
+        m = self.manifest
+        return Work(m.work or (WorkRow("all", m.backend, (), why=f"backend={m.backend!r} writes no kernels"),),
+                    str(self._recipe.get("target", "")))
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -189,6 +221,34 @@ class Explainer:
         found = call.run() if budget is None else run_within(call, budget)
         return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
 
+    def run_task(self, task: str = "auto", inputs: object = None, tokenizer: Any = None, *, mode: str = "default",
+                 multiplier: float = 100.0, scaler: float = 1.0, thresholding: float = 0.5, temperature: float = 1.0,
+                 return_scores: bool = False, return_relevance: bool = False, return_layerwise_output: bool = False,
+                 debug: bool = False, save_relevance: bool = False,
+                 save_path: str | os.PathLike[str] = "relevance_output", save_format: str = "safetensors",
+                 target: object = None, **generation_kwargs: Any) -> TaskResult:
+        """Run a task and explain it, with inputs as people have them; `docs/tasks.md` says all about it.
+
+        `task`: "tabular-classification", "image-classification", "text-classification", "generation", "segmentation",
+        "object-detection", or "auto": what the model's inputs and outputs say (the reason is logged). `inputs`: a text,
+        a picture, a table, tensors; lists and dicts of them. `tokenizer`: the model's own tokenizer, or processor of
+        pictures; needed for texts and pictures where the model's folder holds none.
+        `mode`: "default", the explainer's rules; "contrastive", of an explainer with such rules. `thresholding`: the
+        probability above which pixels or objects are explained. `temperature`: predictions are of logits divided by it;
+        it samples what is generated. `return_*`: keep traces, and what each module gave. `debug`: log details.
+        `save_relevance`: write the relevance trace to `save_path` (a folder, or a file's name) as "safetensors", "json"
+        or "npz". `target`: as in a call; of pixels and objects a class. Other options are those of `Sampler.generate`.
+
+        InputError for options and inputs that do not fit, before anything is run.
+        """
+        from dlbc_runtime.tasks import run_task
+
+        return run_task(self, task, inputs, tokenizer, mode=mode, multiplier=multiplier, scaler=scaler,
+                        thresholding=thresholding, temperature=temperature, return_scores=return_scores,
+                        return_relevance=return_relevance, return_layerwise_output=return_layerwise_output,
+                        debug=debug, save_relevance=save_relevance, save_path=save_path, save_format=save_format,
+                        target=target, **generation_kwargs)
+
     def _variant(self, keep: str | None, output: str | None, positions: str, targets: Sequence[Target]) -> Variant:
         """The program of a call."""
         variant, weighs = self._default, any(one.weighs for one in targets)
@@ -233,14 +293,24 @@ class Explainer:
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
-                         recompile=self._recompile, draw=self._draw, recipe=self._recipe,
+                         recompile=self._recompile, draw=self._draw, recipe=self._recipe, model=self._model,
                          reference=self._reference, memory_budget=None if budget is None else as_bytes(budget))
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+    def forward(self, *args: Any, target: object = None, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """The compiled model alone: its outputs by name, and the positions [B, P] at which a sequence output is
-        computed (None: at all)."""
+        computed (None: at all), those of the targets."""
         given = self._engine.inputs(self.manifest.inputs.bind(args, kwargs))
-        return Call(self, self._default, given, *as_targets(None), 1.0).forward()
+        return Call(self, self._default, given, *as_targets(target), 1.0).forward()
+
+    def sampler(self, tokenizer: Any = None) -> Sampler:
+        """Generates text with the model, and explains it: `sampler(tokenizer).generate("Once upon a time")`.
+
+        `tokenizer`: the model's own; without one, prompts are token ids. InputError for a model that generates nothing,
+        or whose vocabulary is not the tokenizer's; ArtifactError for an explainer that was loaded without its model.
+        """
+        from dlbc_runtime.sampler import Sampler
+
+        return Sampler(self, tokenizer)
 
     def _compared(self, reference: object) -> Reference | None:
         """The reference of a call; InputError where there can be none, or where it does not fit the model's inputs."""

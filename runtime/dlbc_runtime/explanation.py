@@ -72,6 +72,7 @@ class Explanation:
     negative: Mapping[str, Array] = field(default_factory=_nothing)
     sinks: Mapping[str, Array] = field(default_factory=_nothing)
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    draw_source: Callable[..., Path] | None = None
 
     def __post_init__(self) -> None:
         for group in _GROUPS:
@@ -308,6 +309,17 @@ class Explanation:
         from dlbc_runtime.explanation_file import save
 
         return save(self, Path(path), complete=complete)
+
+    def draw(self, path: str | Path, *, by: Literal["module", "op"] = "module", top_k: int | None = None,
+             opened: Sequence[str] = (), title: str = "") -> Path:
+        """Draw the model's graph with this explanation's relevance, as `Explainer.draw`; returns the path.
+
+        InputError when it was made without `keep`, or was loaded from a file, which holds no graph.
+        """
+        if self.draw_source is None:
+            raise InputError("this explanation does not know its model's graph", where="draw()",
+                             hint="use explainer.draw(path, explanation)")
+        return self.draw_source(path, self, by=by, top_k=top_k, opened=opened, title=title)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:

@@ -64,7 +64,7 @@ def load(path: Path) -> Explanation:
     try:
         stored, arrays = _read_safetensors(content) if suffix == ".safetensors" else _read_json(content)
         return _from_parts(stored, arrays)
-    except (_VersionError, _ForeignError) as error:
+    except (VersionError, ForeignError) as error:
         raise ArtifactError(str(error), where=str(path), hint=error.remedy) from error
     except (ValueError, TypeError, RecursionError, InputError) as error:
         raise ArtifactError(f"damaged: {error}", where=str(path),
@@ -112,16 +112,12 @@ def _chosen(explanation: Explanation, complete: bool) -> tuple[dict[str, Array],
 
 def _description(explanation: Explanation, omitted: list[str]) -> dict[str, Json]:
     """Everything but the arrays."""
-    method, ledger = explanation.method, explanation.ledger
+    ledger = explanation.ledger
     return {
         "format": FORMAT, "version": VERSION, "rules": explanation.rules,
         "many_targets": explanation.many_targets,
         "target": [_explained_to_json(one) for one in explanation.target],
-        "method": {"model": method.model, "backend": method.backend,
-                   "multiplier": number_to_json(method.multiplier), "scaler": number_to_json(method.scaler),
-                   "reference": method.reference,
-                   "seconds": {stage: number_to_json(time) for stage, time in method.seconds.items()},
-                   "versions": dict(method.versions)},
+        "method": method_to_json(explanation.method),
         "tokens": None if explanation.tokens is None else [list(row) for row in explanation.tokens],
         "features": {name: list(names) for name, names in explanation.features.items()},
         "lengths": {name: list(lengths) for name, lengths in explanation.lengths.items()},
@@ -149,12 +145,14 @@ def _safetensors(explanation: Explanation, complete: bool) -> bytes:
     # A safetensors file keeps its arrays in an order of its own; ours is that of the user's inputs.
     stored = _description(explanation, omitted)
     stored["order"] = list(plain)
-    metadata = {"format": FORMAT, "version": str(VERSION), "digest": _digest(plain),
+    metadata = {"format": FORMAT, "version": str(VERSION), "digest": digest_of(plain),
                 "explanation": _json(stored).decode("utf-8")}
     return pack(plain, metadata)
 
 
-def _read_safetensors(content: bytes) -> tuple[Json, dict[str, Array]]:
+def unpacked(content: bytes, written: str) -> tuple[dict[str, str], dict[str, Array]]:
+    """The texts and the arrays of a safetensors file of the format `written`. Raises ForeignError for another one, and
+    ValueError where it cannot be read or its arrays are not those that were saved."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as unpack
 
@@ -164,13 +162,18 @@ def _read_safetensors(content: bytes) -> tuple[Json, dict[str, Array]]:
         metadata = json.loads(content[8:8 + length]).get("__metadata__", {})
     except SafetensorError as error:
         raise ValueError(f"not a readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise _ForeignError
-    _check_version(metadata.get("version"))
-    if metadata.get("digest") != _digest(arrays):
+    if metadata.get("format") != written:
+        raise ForeignError
+    if metadata.get("digest") != digest_of(arrays):
         raise ValueError("the arrays are not those that were saved")
+    return metadata, arrays
+
+
+def _read_safetensors(content: bytes) -> tuple[Json, dict[str, Array]]:
+    metadata, arrays = unpacked(content, FORMAT)
+    _check_version(metadata.get("version"))
     stored: Json = json.loads(metadata.get("explanation", ""))
-    order = _texts(_fields(stored, "the description").get("order"), "order")
+    order = texts_of(fields_of(stored, "the description").get("order"), "order")
     if sorted(order) != sorted(arrays):
         raise ValueError("the arrays are not those that were saved")
     return stored, {key: arrays[key] for key in order}
@@ -182,7 +185,7 @@ def _read_json(content: bytes) -> tuple[Json, dict[str, Array]]:
     except UnicodeDecodeError as error:
         raise ValueError("not text") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise _ForeignError
+        raise ForeignError
     _check_version(stored.get("version"))
     arrays = stored.get("arrays")
     if not isinstance(arrays, dict):
@@ -211,16 +214,17 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
         raise ValueError("many_targets or rules is missing")
     tokens = stored.get("tokens")
     explanation = Explanation(
-        **{group: Arrays(grouped[group]) for group in GROUPS}, rules=rules, many_targets=many,
-        target=tuple(map(_explained_from_json, _items(stored.get("target"), "target"))),
-        method=_method_from_json(stored.get("method")),
+        **{group: Arrays(grouped[group]) for group in GROUPS},  # type: ignore[arg-type]
+        rules=rules, many_targets=many,
+        target=tuple(map(_explained_from_json, items_of(stored.get("target"), "target"))),
+        method=method_from_json(stored.get("method")),
         ledger_source=None if ledger is None else known(Ledger.from_dict(ledger)),
-        tokens=None if tokens is None else tuple(_texts(row, "tokens") for row in _items(tokens, "tokens")),
-        features={name: _texts(names, "features")
-                  for name, names in _fields(stored.get("features"), "features").items()},
+        tokens=None if tokens is None else tuple(texts_of(row, "tokens") for row in items_of(tokens, "tokens")),
+        features={name: texts_of(names, "features")
+                  for name, names in fields_of(stored.get("features"), "features").items()},
         images=tuple(images[str(row)] for row in range(len(images))) or None,
-        omitted=_texts(stored.get("omitted"), "omitted"),
-        lengths={name: _lengths(rows) for name, rows in _fields(stored.get("lengths", {}), "lengths").items()})
+        omitted=texts_of(stored.get("omitted"), "omitted"),
+        lengths={name: _lengths(rows) for name, rows in fields_of(stored.get("lengths", {}), "lengths").items()})
     for name, lengths in explanation.lengths.items():
         shape: tuple[int, ...] = explanation.inputs[name].shape if name in explanation.inputs else ()
         if len(shape) < 2 or len(lengths) != shape[0] or not all(0 < length <= shape[1] for length in lengths):
@@ -242,7 +246,7 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
 
 
 def _explained_from_json(stored: Json) -> Explained:
-    fields = _fields(stored, "target")
+    fields = fields_of(stored, "target")
     kinds: dict[str, type | tuple[type, ...]] = {
         "row": int, "seed": int, "index": int, "against": int, "position": int, "output": str, "label": str,
         "against_label": str, "text": str, "value": (int, float, str), "probability": (int, float, str)}
@@ -255,44 +259,58 @@ def _explained_from_json(stored: Json) -> Explained:
     return Explained(**fields, **numbers)  # type: ignore[arg-type]  # the kinds were checked above
 
 
-def _method_from_json(stored: Json) -> Method:
-    fields = _fields(stored, "method")
-    model, backend = _texts([fields.get("model"), fields.get("backend")], "method")
-    versions = _fields(fields.get("versions"), "versions")
+def method_to_json(method: Method) -> Json:
+    """How an explanation was made, as JSON data."""
+    return {"model": method.model, "backend": method.backend,
+            "multiplier": number_to_json(method.multiplier), "scaler": number_to_json(method.scaler),
+            "reference": method.reference,
+            "seconds": {stage: number_to_json(time) for stage, time in method.seconds.items()},
+            "versions": dict(method.versions)}
+
+
+def method_from_json(stored: Json) -> Method:
+    """What `method_to_json` wrote. Raises ValueError when it is not that."""
+    fields = fields_of(stored, "method")
+    model, backend = texts_of([fields.get("model"), fields.get("backend")], "method")
+    versions = fields_of(fields.get("versions"), "versions")
+    seconds = fields_of(fields.get("seconds"), "seconds")
     return Method(model, backend, number_from_json(fields.get("multiplier")),
-                  {stage: number_from_json(time) for stage, time in _fields(fields.get("seconds"), "seconds").items()},
-                  dict(zip(versions, _texts(list(versions.values()), "versions"), strict=True)),
-                  number_from_json(fields.get("scaler", 1.0)), *_texts([fields.get("reference", "")], "method"))
+                  {stage: number_from_json(time) for stage, time in seconds.items()},
+                  dict(zip(versions, texts_of(list(versions.values()), "versions"), strict=True)),
+                  number_from_json(fields.get("scaler", 1.0)), *texts_of([fields.get("reference", "")], "method"))
 
 
-def _fields(stored: Json, what: str) -> dict[str, Json]:
+def fields_of(stored: Json, what: str) -> dict[str, Json]:
+    """An object's fields. Raises ValueError for what is no object."""
     if not isinstance(stored, dict):
         raise ValueError(f"{what} must be an object")
     return dict(stored)
 
 
-def _items(stored: Json, what: str) -> list[Json]:
+def items_of(stored: Json, what: str) -> list[Json]:
+    """A list's items. Raises ValueError for what is no list."""
     if not isinstance(stored, list):
         raise ValueError(f"{what} must be a list")
     return stored
 
 
-def _texts(stored: Json, what: str) -> tuple[str, ...]:
-    texts = _items(stored, what)
+def texts_of(stored: Json, what: str) -> tuple[str, ...]:
+    """A list of texts. Raises ValueError for what is none."""
+    texts = items_of(stored, what)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{what} must be text")
     return tuple(map(str, texts))
 
 
 def _lengths(stored: Json) -> tuple[int, ...]:
-    lengths = _items(stored, "lengths")
+    lengths = items_of(stored, "lengths")
     if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
         raise ValueError("lengths must be whole numbers")
     return tuple(int(str(length)) for length in lengths)
 
 
-def _digest(arrays: Mapping[str, Array]) -> str:
-    """Of names, types, shapes and contents, in the order of names."""
+def digest_of(arrays: Mapping[str, Array]) -> str:
+    """A digest of names, types, shapes and contents, in the order of names."""
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(arrays):
         array = arrays[key]
@@ -303,10 +321,10 @@ def _digest(arrays: Mapping[str, Array]) -> str:
 
 def _check_version(version: Json) -> None:
     if str(version) != str(VERSION):
-        raise _VersionError(version)
+        raise VersionError(version)
 
 
-class _ForeignError(ValueError):
+class ForeignError(ValueError):
     """The file is of another kind."""
 
     remedy = "load a file that Explanation.save wrote; dlbc.load reads explainers"
@@ -315,7 +333,7 @@ class _ForeignError(ValueError):
         return "not an explanation"
 
 
-class _VersionError(ValueError):
+class VersionError(ValueError):
     """The file was written by another version."""
 
     def __init__(self, version: Json) -> None:

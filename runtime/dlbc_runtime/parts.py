@@ -20,7 +20,7 @@ from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.memory import Memory, Plan, as_text, memory_of
 from dlbc_runtime.program import Manifest, Variant
-from dlbc_runtime.target import Target
+from dlbc_runtime.target import RIVALS, Target
 
 if TYPE_CHECKING:
     from dlbc_runtime.call import Call
@@ -212,7 +212,7 @@ def _width(target: Target, manifest: Manifest) -> int:
     if target.kind == "labels" or (target.kind == "regression" and target.chosen is None):
         shape = next(spec.shape for spec in manifest.outputs.tensors if spec.name == manifest.output)
         return shape[-1] if isinstance(shape[-1], int) else 1
-    return 2 if target.kind == "difference" else 1
+    return {"difference": 2, "probability": RIVALS + 1}.get(target.kind, 1)
 
 
 def _of_rows(call: Call, batch: str, rows: slice) -> Call:

@@ -12,6 +12,7 @@ from dlbc_runtime.bounds import Bounds
 from dlbc_runtime.memory import Plan
 from dlbc_runtime.module import load_module
 from dlbc_runtime.signature import InputSpec, OutputSpec
+from dlbc_runtime.work import WorkRow
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Manifest:
     """What is held at which step."""
     batch: str = ""
     """The size whose rows do not depend on each other, axis 0 of what is explained; "" where that is not sure."""
+    work: tuple[WorkRow, ...] = ()
+    """What runs where, of backends that write kernels; else everything is the array library's."""
     pad: int = 0
     """The token id that rows of token ids are padded by."""
 
@@ -133,7 +136,8 @@ class Manifest:
             "ledger": [list(entry) for entry in self.ledger],
             "rules": [[r.place, r.op, r.rule] for r in self.rules],
             "static": dict(self.static), "versions": dict(self.versions),
-            "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad}
+            "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad,
+            "work": [row.to_json() for row in self.work]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Manifest:
@@ -151,7 +155,8 @@ class Manifest:
             static=dict(data["static"]), versions=dict(data["versions"]), streams=int(data["streams"]),
             reference=str(data["reference"]), references=tuple(map(bool, data["references"])),
             bounds=tuple(map(Bounds.from_json, data["bounds"])), memory=Plan.from_json(data["memory"]),
-            batch=str(data["batch"]), pad=int(data["pad"]))
+            batch=str(data["batch"]), pad=int(data["pad"]),
+            work=tuple(map(WorkRow.from_json, data["work"])))
 
 
 @dataclass(frozen=True)

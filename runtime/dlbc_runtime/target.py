@@ -19,6 +19,8 @@ from dlbc_runtime.explained import Explained
 Rows: TypeAlias = "int | Sequence[int]"
 _ONE, _MINUS = np.float32(1), np.float32(-1)
 COORDINATES = ("x", "y", "w", "h")
+RIVALS = 32
+"""How many other outputs `Target.probability` weighs: of a vocabulary the rest has next to no probability."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +51,18 @@ class Target:
         return cls("index", token, position=position)
 
     @classmethod
-    def difference(cls, index: Rows, against: Rows, position: Rows | None = None) -> Target:
-        """Why `index` rather than `against`: the difference of the two outputs."""
+    def difference(cls, index: Rows, against: Rows | None = None, position: Rows | None = None) -> Target:
+        """Why `index` rather than `against` (None: the largest of the others): the difference of the two outputs."""
         return cls("difference", index, against, position)
+
+    @classmethod
+    def probability(cls, index: Rows, position: Rows | None = None) -> Target:
+        """Why `index` is as likely as it is: its log-odds, of which everything that raises it alone is a part.
+
+        Their gradient weights the output by 1 and each other one by minus its share of the rest of the probability.
+        These weights are explained, of the `RIVALS` likeliest others, whose shares are taken as all of the rest.
+        """
+        return cls("probability", index, position=position)
 
     @classmethod
     def tensor(cls, weights: object) -> Target:
@@ -103,6 +114,7 @@ class Target:
         """InputError where there is no target and rival: contrastive relevances are amounts, never negative."""
         negative = {
             "a difference has a negative part": self.kind == "difference",
+            "log-odds have a negative part": self.kind == "probability",
             "Target.tensor has negative weights": self.weights is not None and bool((self.weights < 0).any()),
             "the negative class of one number is minus that number": self.kind == "binary" and self.chosen == 1}
         for fact in (fact for fact, applies in negative.items() if applies):
@@ -167,6 +179,8 @@ class Target:
         values = rows[every, chosen]
         if self.kind == "difference":
             return self._difference(rows, name, positions, number, chosen, signed)
+        if self.kind == "probability":
+            return self._log_odds(rows, name, positions, number, chosen, signed)
 
         def explained() -> tuple[Explained, ...]:
             likely = _probabilities(rows, values) if count > 1 and self.kind != "regression" else [None] * batch
@@ -182,20 +196,42 @@ class Target:
                     ) -> Seed:
         """One number of each row less another one."""
         batch, count = rows.shape
-        against = _rows(_given(self.against), batch, "target", count)
         every = np.arange(batch)
+        if count < 2 and self.against is None:
+            raise InputError(f"output `{name}` is one number, and there is no other to compare it with", where="target",
+                             hint="leave the target out")
+        against = (_others(rows, chosen).argmax(-1) if self.against is None
+                   else _rows(self.against, batch, "target", count))
         explained = tuple(Explained(
             row, number, name, int(chosen[row]) if count > 1 else None, int(against[row]),
             int(positions[row]) if positions is not None else None, float(rows[row, chosen[row]]))
             for row in range(batch))
         indices = np.stack([chosen, against], 1)
         weights = np.broadcast_to(np.array([1.0, -1.0], np.float32), indices.shape)
-        if signed:
-            parts = weights * rows[every[:, None], indices]
-            size = np.abs(parts.sum(1, keepdims=True))
-            weights = parts / np.maximum(size, 1e-6 * np.abs(parts).max(1, keepdims=True) + 1e-30)
-            weights = np.where(parts == 0, 0, weights)
-        return Seed(indices, weights.astype(np.float32), lambda: explained)
+        return Seed(indices, _shares(weights, rows[every[:, None], indices]) if signed else weights, lambda: explained)
+
+    def _log_odds(self, rows: Array, name: str, positions: Array | None, number: int, chosen: Array, signed: bool
+                  ) -> Seed:
+        """One number of each row less the others, each by its share of the probability that is not the first one's."""
+        batch, count = rows.shape
+        if count < 2:
+            raise InputError(f"output `{name}` is one number, and has no probability among others", where="target",
+                             hint="leave the target out")
+        every = np.arange(batch)
+        others = _others(rows, chosen)
+        rivals = np.argpartition(-others, min(RIVALS, count - 1) - 1, -1)[:, :min(RIVALS, count - 1)]
+        near = np.take_along_axis(others, rivals, -1).astype(np.float64)
+        odds = np.exp(near - near.max(-1, keepdims=True))
+        indices = np.concatenate([chosen[:, None], rivals], 1)
+        weights = np.concatenate([np.ones((batch, 1)), -odds / odds.sum(-1, keepdims=True)], 1)
+        top = others.max(-1)
+        rest = np.exp(np.subtract(others, top[:, None], dtype=np.float64)).sum(-1)
+        values = rows[every, chosen].astype(np.float64) - top - np.log(rest)
+        explained = tuple(Explained(row, number, name, int(chosen[row]), None,
+                                    int(positions[row]) if positions is not None else None, float(values[row]),
+                                    float(1 / (1 + np.exp(-values[row])))) for row in range(batch))
+        taken = rows[every[:, None], indices]
+        return Seed(indices, (_shares(weights, taken) if signed else weights).astype(np.float32), lambda: explained)
 
     def _together(self, rows: Array, name: str, positions: Array | None, number: int, signed: bool, shown: Array
                   ) -> Seed:
@@ -345,6 +381,22 @@ def _rows(given: Rows, batch: int, what: str, count: int | None = None) -> Array
         raise InputError(f"target {wrong} is out of range", where=what,
                          hint=f"the output has {count} entries: 0 to {count - 1}")
     return found
+
+
+def _others(rows: Array, chosen: Array) -> Array:
+    """The rows with minus infinity in place of one number of each."""
+    found = np.array(rows)
+    found[np.arange(len(rows)), chosen] = -np.inf
+    return found
+
+
+def _shares(weights: Array, values: Array) -> Array:
+    """What each weighted number of a row is of the size of their sum; where they cancel, of a millionth of the
+    largest of them."""
+    parts = weights * values
+    size = np.abs(parts.sum(1, keepdims=True))
+    found = parts / np.maximum(size, 1e-6 * np.abs(parts).max(1, keepdims=True) + 1e-30)
+    return np.where(parts == 0, 0, found).astype(np.float32)
 
 
 def _listed(indices: Array, most: int = 6) -> str:

@@ -187,7 +187,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, *, scale: float
 
 def _zeroed(x: Tensor, blind: Tensor | None) -> Tensor:
     """x with 0 in the rows that see nothing; on a CPU no pass over x where there are none."""
-    if blind is None or not (blind.is_cuda or bool(blind.any())):
+    if blind is None or not (blind.device.type != "cpu" or bool(blind.any())):
         return x
     return x.masked_fill_(blind, 0.0)
 

@@ -1,19 +1,10 @@
-"""An explanation as one HTML page that needs nothing else: no network, no fonts, no other file.
-
-The page forbids itself everything (Content-Security-Policy) but its own style and its one script, which is
-named by its hash; so text from a model or a user stays text even if escaping had a hole.
-"""
+"""An explanation as one HTML page that needs nothing else: no network, no fonts, no other file."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,14 +14,11 @@ from dlbc_runtime.explanation import Explanation, strongest
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.views import colour
 from dlbc_runtime.views.numbers import number, percent, seconds, signed
+from dlbc_runtime.views.page import framed, packed, rendered
 from dlbc_runtime.views.panels import CONTRASTIVE, Card, Features, Panel, Picture, Text, cards
 from dlbc_runtime.views.png import data_uri, encode, heat_map, resized, shades
 from dlbc_runtime.views.tokens import visible
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-TEMPLATES = Path(__file__).parent / "templates"
 CARDS = 64  # rows and targets on one page
 BARS_FIRST, BARS_ALL = 12, 120  # bars in sight, and with those behind "show more"
 LEDGER_ROWS = 200
@@ -47,21 +35,16 @@ def report(explanations: Sequence[Explanation], title: str, path: str | Path) ->
 
 def page(explanations: Sequence[Explanation], title: str = "") -> str:
     """The page as text."""
-    script = (TEMPLATES / "explanation.js").read_text(encoding="utf-8")
     name = title or next((one.method.model for one in explanations if one.method.model), "") or "Explanation"
-    return _template().render(
-        title=name, columns=[_column(explanation, place, name, several=len(explanations) > 1)
-                             for place, explanation in enumerate(explanations)],
-        colours=_colours(), style=(TEMPLATES / "explanation.css").read_text(encoding="utf-8"), script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"))
+    return rendered("explanation.html.jinja", name, ("explanation.css",), ("explanation.js",),
+                    columns=[_column(explanation, place, name, several=len(explanations) > 1)
+                             for place, explanation in enumerate(explanations)])
 
 
 def notebook(explanation: Explanation) -> str:
-    """The page in a frame of its own, so that the notebook's style and the page's leave each other alone."""
+    """The page in a frame of its own."""
     shown = min(explanation.rows * explanation.seeds, CARDS)
-    height = min(960, 200 + 640 * shown)
-    return (f'<iframe srcdoc="{html.escape(page([explanation]))}" sandbox="allow-scripts" title="explanation" '
-            f'style="width:100%;height:{height}px;border:0;resize:vertical;overflow:auto"></iframe>')
+    return framed(page([explanation]), "explanation", min(960, 200 + 640 * shown))
 
 
 @dataclass(frozen=True)
@@ -224,7 +207,7 @@ def _view(panel: Panel, key: str) -> View:
                 encode(np.rint(_fitted(panel.pixels)).astype(np.uint8)))
             return View("picture", panel.input, _legend(panel.relevance, seen, full), original=original,
                         heat=data_uri(heat_map(seen, full)), full=full, height=seen.shape[0], width=seen.shape[1],
-                        shades=base64.b64encode(shades(seen, full).tobytes()).decode("ascii"))
+                        shades=packed(shades(seen, full).tobytes()))
 
 
 def _legend(relevance: Array, seen: Array, full: float) -> Legend:
@@ -297,19 +280,3 @@ def _ledger(ledger: Ledger) -> LedgerView:
 def _left(residual: float, size: float) -> str:
     """What an operation leaves unaccounted for; nothing where it is below what float32 resolves."""
     return "" if abs(residual) <= 1e-7 * size else f"{residual:.1e}"
-
-
-def _colours() -> dict[str, dict[str, str]]:
-    """The ends of the scale as CSS variables, for light and dark pages."""
-    return {theme: {"none": text.hex(0), "for": text.hex(1), "against": text.hex(-1),
-                    "bar-for": bars.hex(1), "bar-against": bars.hex(-1)}
-            for theme, text, bars in (("light", colour.LIGHT, colour.HEAT), ("dark", colour.DARK, colour.HEAT_DARK))}
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("explanation.html.jinja")

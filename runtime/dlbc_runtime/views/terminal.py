@@ -37,7 +37,7 @@ Theme = Literal["auto", "light", "dark"]
 
 def show(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8) -> None:
     """Display in a notebook, otherwise print: the one place of dlbc that does, because the user asks."""
-    if not _shown_in_notebook(explanation):
+    if not shown_in_notebook(explanation):
         Console().print(render(explanation, theme=theme, rows=rows))
 
 
@@ -230,7 +230,7 @@ def _dark_terminal() -> bool:
     return behind not in ("7", "15")
 
 
-def _shown_in_notebook(explanation: Explanation) -> bool:
+def shown_in_notebook(explanation: object) -> bool:
     """Display it if this is a notebook, which has IPython loaded and a kernel running."""
     if "IPython" not in sys.modules:
         return False

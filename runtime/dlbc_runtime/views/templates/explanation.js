@@ -1,6 +1,5 @@
 "use strict";
 (() => {
-  const tip = document.getElementById("tip");
   const linked = new Map(); // key -> a token and its bar, in every column of the page
   for (const element of document.querySelectorAll("[data-k]")) {
     const key = element.dataset.k;
@@ -14,20 +13,12 @@
     for (const element of linked.get(key) || []) element.classList.add("on");
     active = key;
   };
-  const say = (value, detail, x, y) => {
-    tip.firstChild.textContent = value;
-    tip.lastChild.textContent = detail;
-    tip.hidden = false;
-    const box = tip.getBoundingClientRect();
-    const left = Math.max(8, Math.min(x - box.width / 2, innerWidth - box.width - 8));
-    tip.style.transform = `translate(${left}px,${y > box.height + 16 ? y - box.height - 10 : y + 26}px)`;
-  };
   const show = (element) => {
     const box = element.getClientRects()[0];
     activate(element.dataset.k);
-    say(element.dataset.v, element.dataset.d, box.left + box.width / 2, box.top);
+    frame.say(element.dataset.v, element.dataset.d, box.left + box.width / 2, box.top);
   };
-  const hide = () => { activate(null); tip.hidden = true; };
+  const hide = () => { activate(null); frame.hush(); };
 
   document.addEventListener("mouseover", (event) => {
     const element = event.target.closest("[data-k]");
@@ -37,7 +28,6 @@
     const element = event.target.closest("[data-k]");
     if (element) show(element); else hide();
   });
-  document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true, capture: true });
 
   // One tab stop per text and per bar list; arrow keys move inside, Escape puts the tooltip away.
   for (const list of document.querySelectorAll(".words, .bars")) {
@@ -67,7 +57,7 @@
         const shade = values[row * width + column] - 127;
         const sign = shade > 0 ? "+" : shade < 0 ? "−" : "";
         const least = Math.abs(shade) === 127 ? "≥ " : "≈ ";
-        say(least + sign + (Math.abs(shade) / 127 * full).toPrecision(2), `row ${row}, column ${column}`,
+        frame.say(least + sign + (Math.abs(shade) / 127 * full).toPrecision(2), `row ${row}, column ${column}`,
             event.clientX, event.clientY);
       });
       frame.addEventListener("mouseleave", hide);
@@ -75,13 +65,4 @@
     const slider = pictures.querySelector("input");
     if (slider) slider.addEventListener("input", () => pictures.style.setProperty("--o", slider.value / 100));
   }
-
-  const button = document.getElementById("theme");
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  button.hidden = false;
-  button.addEventListener("click", () => {
-    const root = document.documentElement;
-    const now = root.dataset.theme || (dark.matches ? "dark" : "light");
-    root.dataset.theme = now === "dark" ? "light" : "dark";
-  });
 })();

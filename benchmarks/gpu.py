@@ -1,0 +1,250 @@
+"""Speed and memory on a GPU: dlbc's Triton kernels beside its torch backend, plain forward and input-gradient, the same
+compiled by torch.compile, and lxt where it is installed. LLaMA-3.2-3B's architecture with random bfloat16 weights, and
+smaller models.
+
+`python benchmarks/gpu.py` runs all cases and writes results/gpu.json; `--case NAME` runs one, `--small` takes small
+models (to see that everything runs). Without a CUDA device it says so and ends with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "runtime")]
+
+from _measure import machine, report  # noqa: E402
+
+import dlbc  # noqa: E402
+
+FLOORS = {("dlb", 128): 2.84, ("dlb", 512): 11.25, ("attnlrp", 128): 2.76, ("attnlrp", 512): 7.51}
+"""Milliseconds that an H200 cannot go below for LLaMA-3.2-3B, by rules and tokens."""
+
+Row = dict[str, object]
+
+
+def timed(run: Callable[[], object], *, runs: int = 20, warmup: int = 3) -> float:
+    """Milliseconds of a call, the median of `runs`, measured by the device."""
+    for _ in range(warmup):
+        run()
+    found = []
+    for _ in range(runs):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end))
+    return statistics.median(found)
+
+
+def peak(run: Callable[[], object]) -> float:
+    """GiB that a call holds at most, weights aside."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def llama(small: bool) -> nn.Module:
+    """The architecture of LLaMA-3.2-3B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = ({"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+                              "num_attention_heads": 4, "num_key_value_heads": 2} if small else
+                             {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
+                              "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+                              "head_dim": 128, "max_position_embeddings": 16384})
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return model
+
+
+def gradient_of_tokens(model: Any, ids: Tensor) -> Callable[[], object]:
+    """Forward, and the gradient of the last token's largest logit by the embeddings."""
+    embed = model.get_input_embeddings()
+
+    def run() -> object:
+        with torch.enable_grad():
+            x = embed(ids).detach().requires_grad_(True)
+            logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits
+            logits[:, -1].max(-1).values.sum().backward()
+        model.zero_grad(set_to_none=True)
+        return x.grad
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return run
+
+
+def gradient_of_vectors(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward, and the gradient of the largest output by the input."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def run() -> object:
+        with torch.enable_grad():
+            given = x.detach().requires_grad_(True)
+            found = model(given)
+            logits = getattr(found, "logits", found)
+            logits.float().max(-1).values.sum().backward()
+        return given.grad
+
+    return run
+
+
+def measured(case: str, runs: Mapping[str, Callable[[], object]], **facts: object) -> Row:
+    """One row: milliseconds and GiB of each way."""
+    row: Row = {"case": case, **facts}
+    for name, run in runs.items():
+        try:
+            row[f"{name}, ms"] = round(timed(run), 3)
+            row[f"{name}, GiB"] = round(peak(run), 3)
+        except Exception as problem:  # another way failing is a finding, not the end of the measurement
+            row[f"{name}, failed"] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+    print(row, flush=True)
+    return row
+
+
+def language(small: bool) -> list[Row]:
+    """One explanation at 128 and 512 tokens."""
+    model, rows = llama(small), []
+    for tokens in (128, 512):
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")  # type: ignore[union-attr]
+        plain = gradient_of_tokens(model, ids)
+        for rules in ("attnlrp", "dlb"):
+            ways = {backend: dlbc.compile(model, ids, rules=rules, backend=backend, cache=False)
+                    for backend in ("triton", "torch")}
+            runs: dict[str, Callable[[], object]] = {
+                name: (lambda found=found, ids=ids: dict(found(ids, target=7).relevance))
+                for name, found in ways.items()}
+            rows.append(measured("llama-3.2-3b", {**runs, "forward + gradient": plain}, rules=rules, tokens=tokens,
+                                 floor=FLOORS[rules, tokens]))
+    return rows
+
+
+def lxt(small: bool) -> list[Row]:
+    """lxt's efficient AttnLRP on the same model, where lxt is installed; last, for it changes transformers' classes."""
+    try:
+        from lxt.efficient import monkey_patch
+        from transformers.models.llama import modeling_llama
+    except ImportError as problem:
+        return [{"case": "llama-3.2-3b, lxt", "skipped": str(problem)}]
+    monkey_patch(modeling_llama)
+    model, rows = llama(small), []
+    for tokens in (128, 512):
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")  # type: ignore[union-attr]
+        rows.append(measured("llama-3.2-3b, lxt", {"lxt": gradient_of_tokens(model, ids)}, tokens=tokens))
+    return rows
+
+
+def many_targets(small: bool) -> list[Row]:
+    """64 targets at 512 tokens in one call, over 64 calls with one."""
+    model = llama(small)
+    ids = torch.randint(0, model.config.vocab_size, (1, 512), device="cuda")  # type: ignore[union-attr]
+    explainer = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False)
+    targets = list(range(64))
+    return [measured("64 targets", {"one call": lambda: dict(explainer(ids, target=targets).relevance),
+                                    "one of 64": lambda: dict(explainer(ids, target=0).relevance)}, tokens=512)]
+
+
+def long(small: bool) -> list[Row]:
+    """8192 tokens: memory."""
+    model = llama(small)
+    ids = torch.randint(0, model.config.vocab_size, (1, 8192), device="cuda")  # type: ignore[union-attr]
+    explainer = dlbc.compile(model, ids[:, :64], rules="dlb", backend="triton", cache=False)
+    return [measured("8k tokens", {"triton": lambda: dict(explainer(ids, target=7).relevance)}, tokens=8192)]
+
+
+def encoder(small: bool) -> list[Row]:
+    """BERT-base, 32 texts of 128 tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=2 if small else 12)).cuda().eval()
+    ids = torch.randint(0, 1000, (32, 128), device="cuda")
+    embed = model.get_input_embeddings()
+
+    def gradient() -> object:
+        with torch.enable_grad():
+            x = embed(ids).detach().requires_grad_(True)
+            model(inputs_embeds=x).logits.max(-1).values.sum().backward()
+        return x.grad
+
+    ways = {b: dlbc.compile(model, ids, rules="attnlrp", backend=b, cache=False) for b in ("triton", "torch")}
+    runs = {name: (lambda found=found: dict(found(ids, target=1).relevance)) for name, found in ways.items()}
+    return [measured("bert-base", {**runs, "forward + gradient": gradient}, batch=32, tokens=128)]
+
+
+def pictures(small: bool) -> list[Row]:
+    """ResNet-50 and ViT-B/16, 32 pictures."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    resnet, vit = ResNetConfig(num_labels=1000), ViTConfig(num_labels=1000)
+    if small:
+        resnet, vit = ResNetConfig(depths=[1, 1, 1, 1], num_labels=10), ViTConfig(num_hidden_layers=2, num_labels=10)
+    rows, x = [], torch.randn(32, 3, 224, 224, device="cuda")
+    for name, model, rules in (("resnet-50", ResNetForImageClassification(resnet), "epsilon-plus"),
+                               ("vit-b-16", ViTForImageClassification(vit), "epsilon")):
+        model = model.cuda().eval()
+        plain = gradient_of_vectors(model, x)
+        compiled = gradient_of_vectors(torch.compile(model), x)  # type: ignore[arg-type]
+        ways = {b: dlbc.compile(model, x, rules=rules, backend=b, cache=False) for b in ("triton", "torch")}
+        runs: dict[str, Callable[[], object]] = {
+            key: (lambda found=found: dict(found(x, target=1).relevance)) for key, found in ways.items()}
+        rows.append(measured(name, {**runs, "forward + gradient": plain, "torch.compile": compiled}, rules=rules,
+                             batch=32))
+    return rows
+
+
+CASES: dict[str, Callable[[bool], list[Row]]] = {
+    "language": language, "targets": many_targets, "long": long, "encoder": encoder, "pictures": pictures,
+    "lxt": lxt}
+
+
+def facts() -> dict[str, object]:
+    """The GPU, its driver and the libraries' versions."""
+    found = torch.cuda.get_device_properties(0)
+    return {**machine(), "gpu": found.name, "gpu memory, GiB": round(found.total_memory / 2**30, 1),
+            "capability": f"sm_{found.major}{found.minor}", "cuda": torch.version.cuda,
+            **{name: importlib.metadata.version(name) for name in ("triton", "transformers")}}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this case; may be repeated")
+    parser.add_argument("--small", action="store_true", help="small models; nothing is written")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py: skipped, there is no CUDA device on this machine")
+        return
+    rows: list[Row] = []
+    for name in options.case or CASES:
+        rows += CASES[name](options.small)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not options.small:
+        report("gpu", rows, **facts())
+
+
+if __name__ == "__main__":
+    main()

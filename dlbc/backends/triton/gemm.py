@@ -1,0 +1,175 @@
+"""Kernels of products of rows with matrices, with what is computed of their operands and of their results.
+
+Several products of the same shapes share the loads of what they have in common (z = x W^T and D = |x| |W|^T read x and
+W once), and each has its accumulator. What is pointwise after them is computed in registers.
+"""
+
+from __future__ import annotations
+
+from dlbc.backends.triton.kernels import POINTERS, Emitted, KernelSite, launched, named, parameters, render
+from dlbc.backends.triton.pull import At, Index, Writer
+from dlbc.backends.triton.tiles import BYTES, Product, tiles
+from dlbc.errors import UnsupportedOpError
+from dlbc.ir.core import Op, Type, Value, Weight
+from dlbc.ir.dims import product
+from dlbc.ir.fusible import CHEAP, MOVES, is_product
+
+LEFT, RIGHT = frozenset("rk"), frozenset("kc")
+
+
+def emit(site: KernelSite) -> Emitted:
+    """The kernel and its launch."""
+    writer = GemmWriter(site)
+    first = writer.products[0]
+    shape, depth = first.result.type.shape, _operand(first, 1).shape[1 if first.name == "linear" else 0]
+    lead, width = shape[:-1], shape[-1]
+    assert isinstance(depth, int) and isinstance(width, int)
+    choices = tiles(site.device, Product(width, depth, len(writer.products), writer.dots(), *writer.loads(),
+                                        writer.combined()))
+    writer.index = (*writer.rows_of(lead), At("cols", frozenset("c")))
+    conds = [At(f"rows < {writer.size(product(lead))}", frozenset("r"))]
+    if any(width % tile.columns for _, tile in choices):
+        conds.append(At(f"cols < {width}", frozenset("c")))
+    ragged = any(depth % tile.depth for _, tile in choices)
+    opening = writer.levels[0].lines
+    loop = writer.loop(tuple(conds), depth, ragged=ragged)
+    count = len(opening)
+    found = [writer.value(result, writer.index, tuple(conds)) for result in site.results]
+    for position, (result, value) in enumerate(zip(site.results, found, strict=True)):
+        writer.store(f"y{position}", result.type, writer.index, value, tuple(conds))
+    table = "".join(f"    ({bound}, {tile.options()}),\n" for bound, tile in choices)
+    source, name = named(render(
+        "gemm", parameters=parameters(writer.parameters()), fixed=writer.unspecialised(),
+        rows=writer.size(product(lead)), width=width, depth=depth, opening=opening[:count], loop=loop,
+        closing=opening[count:], accumulators=len(writer.products), table=table), "gemm")
+    rows = site.scope.text(product(lead))
+    grid = f'blocks({rows}, tile["BM"], {width}, tile["BN"])'
+    return Emitted(source, (
+        *(site.empty(result) for result in site.results),
+        f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *writer.arguments(), "**tile"])))
+
+
+def _operand(op: Op, position: int) -> Type:
+    operand = op.operands[position]
+    assert isinstance(operand, Value | Weight)
+    return operand.type
+
+
+class GemmWriter(Writer):
+    """A writer that knows the accumulators."""
+
+    def __init__(self, site: KernelSite) -> None:
+        super().__init__(site)
+        self.products = [op for op in site.kernel.body if is_product(op)]
+        self.index: Index = ()
+        self.special = {"linear": self.accumulated, "matmul": self.accumulated}
+
+    def dtypes(self, op: Op) -> tuple[str, str]:
+        """The element types that hold a product's operands without rounding."""
+        return self.holding(op.operands[0]), self.holding(op.operands[1])
+
+    def holding(self, operand: object) -> str:
+        """The element type of what an operand is read as, where nothing that is computed of it needs more digits."""
+        assert isinstance(operand, Value | Weight)
+        dtype, root = operand.type.dtype, operand
+        while isinstance(root, Value) and root.name in self.definitions and self.definitions[root.name].name in CHEAP:
+            under = self.definitions[root.name].operands[0]
+            assert isinstance(under, Value | Weight)
+            root = under
+            dtype = root.type.dtype if BYTES[root.type.dtype] < BYTES[dtype] and root.type.floating else dtype
+        return dtype
+
+    def dots(self) -> int:
+        """How many products of tiles a step takes: two where a float32 operand is split."""
+        return sum(2 if set(self.dtypes(op)) == {"f32", "bf16"} else 1 for op in self.products)
+
+    def loads(self) -> tuple[int, int, bool]:
+        """Bytes of what is read for one row and for one column, for each step in depth; and whether tensor cores
+        compute."""
+        left = {self.root(op.operands[0]) for op in self.products}
+        right = {self.root(op.operands[1]) for op in self.products}
+        exact = self.site.options.get("precision", "ieee") == "ieee"
+        cores = not exact or all(self.dtypes(op) != ("f32", "f32") for op in self.products)
+        return sum(BYTES[o.type.dtype] for o in left), sum(BYTES[o.type.dtype] for o in right), cores
+
+    def combined(self) -> int:
+        """How many values with one number for each result are read after the products."""
+        read = {self.root(operand) for op in self.products for operand in op.operands[:2]}
+        return sum(o not in read and o.type.rank > 1 for o in self.site.inputs) + sum(
+            o in read and any(o in op.operands for op in self.site.kernel.body if op.name not in CHEAP
+                              and op not in self.products) for o in self.site.inputs)
+
+    def root(self, operand: object) -> Value | Weight:
+        """What an operand is computed of, one by one."""
+        assert isinstance(operand, Value | Weight)
+        while isinstance(operand, Value) and operand.name in self.definitions:
+            under = self.definitions[operand.name].operands[0]
+            assert isinstance(under, Value | Weight)
+            operand = under
+        return operand
+
+    def loop(self, conds: tuple[At, ...], depth: int, *, ragged: bool) -> list[str]:
+        """The lines of one step in depth: loads, what is made of them, products of tiles."""
+        self.enter()
+        inside = (At(f"kr < {depth}", frozenset("k")),), (At(f"kc < {depth}", frozenset("k")),)
+        for number, op in enumerate(self.products):
+            x, matrix = op.operands[:2]
+            left = self.value(x, (*self.index[:-1], At("kr", frozenset("k"))),
+                              (*(c for c in conds if c.axes == {"r"}), *(inside[0] if ragged else ())))
+            down, across = At("kc", frozenset("k")), At("cols", frozenset("c"))
+            right = self.value(matrix, (across, down) if op.name == "linear" else (down, across),
+                               (*(c for c in conds if c.axes == {"c"}), *(inside[1] if ragged else ())))
+            texts = (self.tile(op, 0, left, LEFT, "(BM, BK)", f"kr < {depth}" if ragged else ""),
+                     self.tile(op, 1, right, RIGHT, "(BK, BN)", f"kc < {depth}" if ragged else ""))
+            self.dot(number, op, *texts)
+        return self.leave()
+
+    def tile(self, op: Op, position: int, at: At, over: frozenset[str], shape: str, inside: str) -> str:
+        """A whole tile of an operand, with zeros behind the end."""
+        text = at.text if at.axes == over else f"tl.broadcast_to({at.text}, {shape})"
+        if inside and not self.keeps_zero(op.operands[position]):
+            text = f"tl.where({inside}, {text}, 0.0)"
+        return text
+
+    def keeps_zero(self, operand: object) -> bool:
+        """Whether an operand is 0 where nothing was read."""
+        while isinstance(operand, Value) and operand.name in self.definitions:
+            op = self.definitions[operand.name]
+            if op.name not in CHEAP and (op.name not in MOVES or op.name == "full"):
+                return False
+            operand = op.operands[0]
+        return True
+
+    def dot(self, number: int, op: Op, left: str, right: str) -> None:
+        """Add the product of two tiles to an accumulator: a float32 tile beside one of bfloat16 as the sum of two
+        bfloat16 tiles, which is exact to 16 bits."""
+        types, acc = self.dtypes(op), f"acc{number}"
+        if types in (("bf16", "bf16"), ("f16", "f16")):
+            kind = POINTERS[types[0]]
+            self.lines.append(f"{acc} = tl.dot({left}.to({kind}), {right}.to({kind}), {acc})")
+        elif set(types) == {"f32", "bf16"}:
+            wide = types.index("f32")
+            text = (left, right)[wide]
+            high = self.let(At(f"({text}).to(tl.bfloat16)"))
+            low = self.let(At(f"({text} - {high.text}.to(tl.float32)).to(tl.bfloat16)"))
+            other = f"({(right, left)[wide]}).to(tl.bfloat16)"
+            for part in (high.text, low.text):
+                pair = (part, other) if wide == 0 else (other, part)
+                self.lines.append(f"{acc} = tl.dot({pair[0]}, {pair[1]}, {acc})")
+        else:
+            chosen = str(self.site.options.get("precision", "ieee"))
+            if set(types) != {"f32"} and chosen == "ieee" and self.site.device.kind == "cuda":
+                chosen = "tf32x3"
+            self.lines.append(f'{acc} = tl.dot({left}, {right}, {acc}, input_precision="{chosen}")')
+
+    def accumulated(self, op: Op, value: Value, index: Index, conds: tuple[At, ...]) -> At:
+        """A product's result, which is known at its own place only."""
+        if index != self.index:
+            raise UnsupportedOpError(f"a gemm kernel reads `{op.name}` at other places than its own",
+                                     where=f"#{op.place}", hint="leave that outside of the kernel")
+        at = At(f"acc{self.products.index(op)}", frozenset("rc"))
+        if len(op.operands) > 2 and op.operands[2] is not None:
+            bias = self.value(op.operands[2], index[-1:], conds)
+            at = self.let(At(f"{at.text} + {bias.text}", at.axes))
+        self.levels[-1].known[(value.name, index, conds)] = at
+        return at

@@ -1,0 +1,99 @@
+"""Which tiles a product gets: a short list, and the least estimated time by number of rows.
+
+The estimate counts waves of programs, bytes read and products on one architecture. It orders tiles; it does not tell
+times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlbc.backends.triton.config import Device
+
+BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of results, the depth of one step, and how many warps compute it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> str:
+        """As the launch takes it."""
+        return (f'{{"BM": {self.rows}, "BN": {self.columns}, "BK": {self.depth}, "num_warps": {self.warps}, '
+                f'"num_stages": {self.stages}}}')
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a kernel multiplies: results per row, depth, accumulators, products of tiles in a step, the bytes read for
+    one row and for one column at one depth, and whether tensor cores compute."""
+
+    columns: int
+    depth: int
+    accumulators: int
+    dots: int
+    left: int
+    right: int
+    cores: bool
+    operands: int = 0
+    """Values of one number for each result that are read after the products."""
+
+
+SHAPES = ((16, 32, 64, 4), (16, 64, 32, 4), (16, 64, 64, 4), (16, 128, 64, 4), (32, 32, 64, 4), (32, 64, 32, 4),
+          (32, 64, 64, 4), (64, 32, 64, 4),
+          (64, 64, 32, 4), (64, 64, 32, 8), (64, 64, 64, 4), (64, 128, 32, 4), (64, 128, 64, 4), (64, 128, 64, 8),
+          (128, 64, 32, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8))
+"""Rows, columns, depth and warps."""
+
+REGISTERS = 112
+"""Numbers of a block that a thread can hold without keeping some in memory, as compiling showed (sm_80 to sm_90)."""
+
+BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 4096)
+"""The numbers of rows up to which a tile is chosen; the last is for all beyond."""
+
+
+def tiles(device: Device, what: Product) -> list[tuple[int | None, Tile]]:
+    """The tile for each number of rows up to a bound; the last bound is None."""
+    fitting = [tile for shape in SHAPES if (tile := _staged(device, what, *shape)) is not None]
+    found: list[tuple[int | None, Tile]] = []
+    for bound in BOUNDS:
+        best = min(fitting, key=lambda tile: (_seconds(device, what, tile, bound), -tile.rows * tile.columns))
+        if found and found[-1][1] == best:
+            found.pop()
+        found.append((bound, best))
+    return [*found[:-1], (None, found[-1][1])]
+
+
+def _staged(device: Device, what: Product, rows: int, columns: int, depth: int, warps: int) -> Tile | None:
+    """The tile with as many steps in flight as shared memory holds; None where it holds none, or registers do not."""
+    # What a thread holds of a block: accumulators, and beside them what they are combined with, as it arrives.
+    threads = warps * device.warp
+    registers = rows * columns // threads * (what.accumulators + min(2, what.operands))
+    if min(what.left, what.right) >= 4:  # float32 by float32: tiles go through registers, in parts for tensor cores
+        registers += 3 * depth * (rows * what.left + columns * what.right) // (8 * threads)
+    if registers > REGISTERS:
+        return None
+    if (rows > 16 and columns > 4 * max(16, what.columns)) or depth > 2 * max(16, what.depth):
+        return None
+    step = depth * (rows * what.left + columns * what.right)
+    stages = min(device.stages, device.shared * 3 // 4 // step, max(1, -(-what.depth // depth)))
+    return Tile(rows, columns, depth, warps, stages) if stages >= 1 else None
+
+
+def _seconds(device: Device, what: Product, tile: Tile, rows: int) -> float:
+    programs = -(-rows // tile.rows) * -(-what.columns // tile.columns)
+    waves = -(-programs // device.processors)
+    together = min(programs, device.processors)
+    read = what.depth * (tile.rows * what.left + tile.columns * what.right)
+    rate = (device.cores if what.cores else device.plain) / device.processors
+    # A program alone draws at most a few times its share of the memory's bandwidth.
+    reading = read * waves / (device.bandwidth * min(1.0, 4 * together / device.processors) / together)
+    steps = -(-what.depth // tile.depth)
+    computing = 2 * tile.rows * tile.columns * what.depth * what.dots / rate * (1.0 if tile.rows >= 64 else 1.5)
+    return max(reading, waves * computing) + waves * steps * 4e-8
