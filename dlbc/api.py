@@ -84,15 +84,17 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     return explainer if budget is None else explainer.with_options(memory_budget=budget)
 
 
-def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None) -> Explainer:
+def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None, *, trust: bool = False) -> Explainer:
     """Load a saved explainer. Its code is generated anew from its verified IR; nothing stored is executed.
 
-    `model` gives the weights, unless they were saved with it. ArtifactError for a file that is damaged or
-    foreign, or a model whose weights do not match by name, shape and element type.
+    `model` gives the weights, unless they were saved with it. `trust=True`, for files that you or someone you trust
+    wrote: kernels that were compiled when it was saved (`save(..., kernels=True)`) are used where they fit this
+    machine's GPU and Triton; they are machine code. All others are compiled when they first run. ArtifactError for a
+    file that is damaged or foreign, or a model whose weights do not match by name, shape and element type.
     """
     from dlbc.artifact import load_artifact
 
-    return load_artifact(Path(path), model)
+    return load_artifact(Path(path), model, trust=trust)
 
 
 def check_model(model: object) -> None:

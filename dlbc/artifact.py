@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dlbc.backends.triton.record import kernels_of
 from dlbc.compiler import Source, bind_weights, check_weights, draw, explainer_of, finish_program
 from dlbc.errors import ArtifactError, DlbcError
 from dlbc.ir.core import Graph, Kernel, Section
@@ -24,12 +25,13 @@ from dlbc_runtime.artifact import Artifact, match_weights, read, weight_specs
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Program, Variant, WeightSpec
 from dlbc_runtime.signature import Size, dtype_name
+from dlbc_runtime.triton_store import install
 
 _AGAIN = "save the explainer again, or get the file again from where it came"
 
 
-def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
-    """An explainer from a file, its programs compiled anew from the stored IR.
+def load_artifact(path: Path, model: torch.nn.Module | None, *, trust: bool = False) -> Explainer:
+    """An explainer from a file, its programs compiled anew from the stored IR; `trust`: its cubins are used.
 
     The weights are those of `model`, unless there is none; then those in the file. ArtifactError when the
     file is damaged or foreign, or names what does not match.
@@ -50,10 +52,13 @@ def load_artifact(path: Path, model: torch.nn.Module | None) -> Explainer:
                             hint=_AGAIN) from problem
     specs = weight_specs(program.manifest for program in programs.values())
     weights = weights_of(artifact, specs, model)
+    if trust:
+        install(artifact.kernels)
     explainer = explainer_of(source, options, artifact.default, weights, programs=programs, model=model,
                              recipe=artifact.recipe)
     if artifact.recipe["rules"]["entries"] is None:  # type: ignore[index, call-overload]
-        explainer = Explainer(programs, explainer.weights, default=artifact.default, draw=draw, recipe=artifact.recipe,
+        explainer = Explainer(programs, explainer.weights, default=artifact.default, draw=draw,
+                              compile_kernels=kernels_of, recipe=artifact.recipe,
                               build=partial(_refuse, artifact.where), reference=artifact.reference, model=model)
     return explainer
 

@@ -26,6 +26,7 @@ import torch
 import dlbc
 import dlbc_runtime
 from dlbc.artifact import source_of, weights_of
+from dlbc.backends.triton.record import kernels_of
 from dlbc.compiler import Source, build_program, compile_now, draw
 from dlbc.errors import ArtifactError, InputError
 from dlbc.fingerprint import Fingerprint, Uncapturable
@@ -255,7 +256,7 @@ def _reused(artifact: Artifact, path: Path, model: torch.nn.Module, options: Opt
         _say_once(f"cache entry {path} cannot be used ({problem.fact}); compiling again")
         return None
     return Explainer(artifact.programs, weights, default=default, build=_Build(artifact, options),
-                     recompile=recompile, draw=draw, recipe=artifact.recipe,
+                     recompile=recompile, draw=draw, compile_kernels=kernels_of, recipe=artifact.recipe,
                      reference=options.reference, model=model)
 
 

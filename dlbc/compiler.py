@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlbc import __version__
+from dlbc.apart import batch_of, causal_length
 from dlbc.backends import load as load_backend
 from dlbc.backends.footprint import plan_of
+from dlbc.backends.triton.record import kernels_of
 from dlbc.backends.work import work_of
-from dlbc.batch import batch_of
 from dlbc.bounds import input_bounds
 from dlbc.errors import InputError
 from dlbc.ir.core import Graph, Weight
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+LOOK_AHEAD = ("dlb_0_1",)
+"""Rules that carry relevance to what attention cannot see."""
 LEVELS = ("exported", "canonical", "paired", "lowered")
 FUSE: tuple[Pass, ...] = (FuseAttention(), Fuse())
 """From level 3 to level 4, for backends that write kernels."""
@@ -110,8 +113,8 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
     if recompile is None and model is not None:
         recompile = partial(_recompile, model, options, default)
     return Explainer(found, bound, default=default, build=build, recompile=recompile, draw=draw,
-                     recipe=recipe_of(options, weights, model) if recipe is None else recipe,
-                     reference=options.reference, model=model)
+                     compile_kernels=kernels_of, reference=options.reference, model=model,
+                     recipe=recipe_of(options, weights, model) if recipe is None else recipe)
 
 
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
@@ -151,6 +154,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
     manifest = replace(describe(source, paired, graph, options.backend, variant.output),
                        memory=plan_of(graph, backend.overwriting, fused=options.backend == "triton"),
                        batch=batch_of(source.canonical), pad=source.pad,
+                       causal=_causal(source.canonical, paired, variant.output),
                        work=work_of(graph, "torch", refused(graph)) if options.backend == "triton" else ())
     program = Program(manifest, module, texts)
     if options.dump:
@@ -189,6 +193,13 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: 
                     for op in paired.relevance.ops if op.rule is not None),
         versions={"dlbc": __version__}, streams=2 if graph.attrs.get("streams") == 2 else 1,
         bounds=() if graph.attrs.get("reference") else input_bounds(paired), **reference_rows(graph, source.inputs))
+
+
+def _causal(graph: Graph, paired: Graph, output: str) -> str:
+    """The size of the sequence, where neither the model nor a rule lets a position know a later one; else ""."""
+    assert paired.relevance is not None
+    ahead = any(op.rule is not None and op.rule.name in LOOK_AHEAD for op in paired.relevance.ops)
+    return "" if ahead else causal_length(graph, output)
 
 
 def pad_of(model: torch.nn.Module) -> int:

@@ -108,6 +108,28 @@ def load_text(spec: str, *, gguf: str | None = None, device: str = "cpu") -> Tex
     return TextModel(spec, model.to(device), tokenizer, {} if causal else labels_of(model), causal)
 
 
+def is_gguf(spec: str) -> bool:
+    """Whether a spec is a GGUF file, or a folder with one in place of safetensors."""
+    folder = folder_of(spec)
+    return spec.endswith(".gguf") or (
+        folder is not None and not any(folder.glob("*.safetensors")) and any(folder.glob("*.gguf")))
+
+
+def is_translation(spec: str, *, gguf: str | None = None) -> bool:
+    """Whether it is an encoder-decoder, such as T5. InputError for what cannot be had."""
+    return gguf is None and not is_gguf(spec) and task_of(spec) == TRANSLATION
+
+
+def with_start(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of an encoder-decoder: what its encoder reads, and an example of what its decoder has written."""
+    config: Any = model.config
+    start = next((one for one in (getattr(config, name, None) for name in (
+        "decoder_start_token_id", "bos_token_id", "pad_token_id")) if isinstance(one, int)), 0)
+    ids = inputs["input_ids"]
+    kept = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    return {**kept, "decoder_input_ids": ids.new_full((len(ids), 2), start)}
+
+
 def load_translation(spec: str, *, device: str = "cpu") -> TextModel:
     """An encoder-decoder, such as T5, with its tokenizer. InputError when it cannot be had."""
     source = _checked_source(spec, folder_of(spec))

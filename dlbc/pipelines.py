@@ -105,7 +105,17 @@ def _loaded(spec: str, device: str) -> tuple[torch.nn.Module, Any, object, Mappi
                                              Callable[[torch.Tensor], Array] | None]:
     """Model, tokenizer or processor, example inputs, labels, and the way back to a picture."""
     from dlbc.built import is_built, load_built
-    from dlbc.models import PICTURES, TRANSLATION, is_efficientnet, load_image, load_text, load_translation, task_of
+    from dlbc.models import (
+        PICTURES,
+        TRANSLATION,
+        is_efficientnet,
+        is_gguf,
+        load_image,
+        load_text,
+        load_translation,
+        task_of,
+        with_start,
+    )
 
     if is_built(spec):
         built = load_built(spec)
@@ -113,34 +123,15 @@ def _loaded(spec: str, device: str) -> tuple[torch.nn.Module, Any, object, Mappi
         if not callable(built.second):
             return module, None, _moved(built.second, device), built.labels, None
         return module, built.second, _blank(built.second, device), built.labels, None
-    kind = "" if is_efficientnet(spec) or _is_gguf(spec) else task_of(spec)
+    kind = "" if is_efficientnet(spec) or is_gguf(spec) else task_of(spec)
     if is_efficientnet(spec) or kind in PICTURES:
         image = load_image(spec, device=device, kinds=PICTURES)
         return image.model, image.preprocess, _blank(image.preprocess, device), image.labels, image.picture
     if kind == TRANSLATION:
         text = load_translation(spec, device=device)
-        return text.model, text.tokenizer, _with_start(text.model, text.inputs(_EXAMPLE)), {}, None
+        return text.model, text.tokenizer, with_start(text.model, text.inputs(_EXAMPLE)), {}, None
     text = load_text(spec, device=device)
     return text.model, text.tokenizer, text.inputs(_EXAMPLE), text.labels, None
-
-
-def _with_start(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of an encoder-decoder: what its encoder reads, and an example of what its decoder has written."""
-    config: Any = model.config
-    start = next((one for one in (getattr(config, name, None) for name in (
-        "decoder_start_token_id", "bos_token_id", "pad_token_id")) if isinstance(one, int)), 0)
-    ids = inputs["input_ids"]
-    kept = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    return {**kept, "decoder_input_ids": ids.new_full((len(ids), 2), start)}
-
-
-def _is_gguf(spec: str) -> bool:
-    """Whether a spec is a GGUF file, or a folder with one in place of safetensors."""
-    from dlbc.models import folder_of
-
-    folder = folder_of(spec)
-    return spec.endswith(".gguf") or (
-        folder is not None and not any(folder.glob("*.safetensors")) and any(folder.glob("*.gguf")))
 
 
 def _blank(preprocess: Callable[[Any], Any], device: str) -> Any:

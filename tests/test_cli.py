@@ -269,6 +269,29 @@ def test_why_this_token_came_and_not_another(causal: Path, tmp_path: Path) -> No
         assert not token or set(map(str.strip, found.against_tokens)) == {token.strip()}
 
 
+def test_a_translation_and_where_its_words_came_from(tmp_path: Path) -> None:
+    from dlbc_runtime.generation import GenerationExplanation
+    from tests.words import VOCABULARY, tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0,
+        eos_token_id=3, decoder_start_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer(special=False).save_pretrained(tmp_path / "t5")
+    page, kept = tmp_path / "x.html", tmp_path / "x.safetensors"
+    result = run("explain", "text", "-m", tmp_path / "t5", "the cat sat", "-g", 3, "--layers", "--html", page, "--save",
+                 kept)
+    assert result.exit_code == 0, result.output
+    found = GenerationExplanation.load(kept)
+    assert found.source_tokens == ("the", " cat", " sat") and found.prompt_length == 1 and len(found.explained)
+    assert found.source_relevance is not None and found.source_relevance.any() and found.layers
+    assert "cat" in page.read_text()
+    assert "add --generate 20" in fails("explain", "text", "-m", tmp_path / "t5", "the cat sat")
+
+
 def test_options_that_do_not_go_together_are_said_before_any_work(causal: Path, classifier: Path) -> None:
     text = ("explain", "text", "-m", "nowhere", "the sky")
     assert "--top-p is for text that is generated" in fails(*text, "--top-p", 0.5)

@@ -366,6 +366,47 @@ def test_other_bad_input(dlb: DLBacktrace) -> None:
         dlb.generate_with_temperature(torch.zeros(1, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "..", "", "a\\b", "C:evil"])
+def test_files_stay_in_their_folder(name: str, dlb: DLBacktrace, tmp_path: Path) -> None:
+    folder = tmp_path / "inside"
+    if name:
+        with pytest.raises(InputError, match=r"(?s)name of a file.*without folders"):
+            save_relevance([{"x": np.ones(3)}], folder, name=name)
+    with pytest.raises(InputError, match=r"(?s)name of a file.*without folders"):
+        dlb.run_task(inputs=X, save_relevance=True, save_path=folder, save_name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quick_start_of_other_versions() -> None:
+    """The README's quick start at another time: the implementation of layers is named, and the model is training."""
+    model = nn.Sequential(nn.Linear(10, 1))
+    dlb = DLBacktrace(model=model, input_for_graph=(X,), layer_implementation="pytorch")
+    dlb.predict(X)
+    assert dlb.evaluation(mode="default", multiplier=100.0, task="binary-classification")["input"].shape == X.shape
+    assert model.training
+
+
+def test_prompts_in_any_form(language: DLBacktrace, prompt: Any) -> None:
+    own, options = tokenizer(special=False), {"temperature": 0.5, "max_new_tokens": 3}
+    found = []
+    for given in (prompt, prompt["input_ids"], prompt["input_ids"].tolist(), "the cat sat", ["the cat sat"]):
+        with dlbc.deterministic(1):
+            found.append(language.generate_with_temperature(given, tokenizer=own, **options))
+    assert all(torch.equal(one, found[0]) for one in found) and found[0].shape[0] == 1
+    padded = language.generate_with_temperature(["the cat sat", "the"], tokenizer=own, **options)
+    assert padded.shape[0] == 2 and padded[1, :2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("given", "options", "says"), [
+    ("the cat", {}, "no tokenizer"), ([[900]], {}, "holds token 900"), ([[4, 6]], {"max_new_tokens": 39}, "context of"),
+    ([[4, 6]], {"max_length": 41}, "context of 40"), ([[4, 6]], {"max_length": 2}, "max_length is 2"),
+    ([[4, 6]], {"colour": "red"}, "transformers cannot"), ([[]], {}, "empty"), ([[4]], {"temperature": 0}, "is 0")])
+def test_prompts_that_do_not_fit(language: DLBacktrace, given: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        language.generate_with_temperature(given, **options)
+    assert caught.value.hint
+
+
 def test_generate_with_temperature() -> None:
     model = causal()
     ids = tokenizer(special=False)("the cat", return_tensors="pt")["input_ids"]

@@ -24,7 +24,7 @@ from dlbc_runtime.views.graph_flow import Flow, Node, flow_of, strongest, totals
 from dlbc_runtime.views.graph_folds import Module, module_tree, scene
 from dlbc_runtime.views.graph_layout import Arc, Size, layered
 from dlbc_runtime.views.graph_shapes import Box, Label
-from tests import zoo
+from tests import generated, zoo
 from tests.browser import in_browser
 
 BLOCKS = 12
@@ -275,6 +275,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         explainer.draw(tmp_path / "x.svg", top_k=3)
     with pytest.raises(InputError, match=r"there is no module 'blocks\.99'"):
         explanation.draw(tmp_path / "x.svg", opened=["blocks.99"])
+    with pytest.raises(InputError, match=r"GenerationExplanation holds no.*\s+hint: give what explainer"):
+        explainer.draw(tmp_path / "x.svg", generated.example())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="inputs alone"):
         explainer(torch.randn(1, 5)).draw(tmp_path / "x.svg")
     loaded = Explanation.load(explanation.save(tmp_path / "x.safetensors"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import io
 import logging
+import os
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +102,19 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
                                                                       explain_when="during"), "not known"),
     "a multiplier of 0": (lambda: sampler().generate(PROMPT, multiplier=0), "multiplier is 0"),
     "layers that are none": (lambda: sampler().generate(PROMPT, layers="encoder.*"), "matches no module"),
+    "a dict without ids": (lambda: sampler().generate({"text": "Hello"}), "no `input_ids`"),
+    "half a token to explain": (lambda: sampler().generate(PROMPT, explain_tokens=1.5), "explain_tokens=1.5"),
+    "the last tokens while they are not known": (lambda: sampler().generate(
+        PROMPT, explain_tokens=range(-2, 0), explain_when="during"), "not known"),
+    "a callback that is none": (lambda: sampler().generate(PROMPT, callback=3), "callback=3"),
+    "a stop that is no text": (lambda: sampler(Letters()).generate(PROMPT, stop=[3]), "stop="),
+    "sampling by two names": (lambda: sampler().generate(PROMPT, do_sample=True), "do_sample is not given"),
+    "a length by two names": (lambda: sampler().generate(PROMPT, max_length=9), "max_length is not given"),
+    "settings that would be ignored": (lambda: sampler().generate(PROMPT, generation_config=object()),
+                                       "generation_config is not given"),
+    "a name for a tokenizer": (lambda: sampler("gpt2"), "tokenizer is str"),
+    "a text continued by nothing": (lambda: sampler(Letters()).explain("Hello", ""), "continuation: it is empty"),
+    "more than the context to explain": (lambda: sampler().explain([5] * 30, [6] * 11), "41 tokens: more than"),
     "a budget that is too small": (lambda: sampler().generate(PROMPT, memory_budget="1KB"), "memory_budget"),
 }
 
@@ -113,6 +130,9 @@ def test_bad_input_is_an_error_with_a_remedy(what: str) -> None:
 def test_a_model_without_generate() -> None:
     case = zoo.CASES["mlp"]()
     own = dlbc.compile(case.model, case.args, cache=False)
+    with pytest.raises(InputError, match="no `generate`"):
+        own.sampler()
+    case.model.generate = print  # which is not that of transformers
     with pytest.raises(InputError, match="no `generate`"):
         own.sampler()
 
@@ -150,6 +170,10 @@ def test_an_encoder_decoder_and_causal_options() -> None:
         own.generate(PROMPT, sinks="apart")
     found = own.generate(PROMPT, max_new_tokens=3, decoder_prompt=[0, 9])
     assert found.ids[:2].tolist() == [0, 9] and found.prompt_length == 2
+    wanted = model.generate(torch.tensor([PROMPT]), decoder_input_ids=torch.tensor([[9]]), max_new_tokens=3,
+                            do_sample=False)
+    for prompt in ([9], [0, 9]):  # `generate` puts the start token before it
+        assert own.generate(PROMPT, max_new_tokens=3, decoder_prompt=prompt).ids.tolist() == wanted[0].tolist()
     with pytest.raises(InputError, match="with_sinks"):
         found.with_sinks("apart")
 
@@ -166,12 +190,32 @@ def test_what_cannot_be_explained_is_left_out_and_said(caplog: pytest.LogCapture
     assert found.explained.tolist() == [0] and "ended after 1" in caplog.text
 
 
+def least(length: int) -> int:
+    """The bytes that explaining one token after `length` of them takes at least."""
+    ids = torch.full((1, length), 5)
+    with pytest.raises(InputError, match="memory_budget") as caught:
+        explainer().memory(input_ids=ids, attention_mask=torch.ones_like(ids), memory_budget=1,
+                           target=dlbc.Target.token(5, length - 1))
+    return int(caught.value.hint.split()[3])
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": 1000}, {"min_new_tokens": 9}, {"explain_tokens": [8]}])
+def test_a_budget_that_cannot_do_is_said_before_generating(options: dict[str, Any]) -> None:
+    asked = {"memory_budget": (least(len(PROMPT)) + least(len(PROMPT) + 8)) // 2, "max_new_tokens": 9, **options}
+    own, steps = sampler(), []
+    with pytest.raises(InputError, match="memory_budget"):
+        own.generate(PROMPT, callback=steps.append, **asked)
+    # That a ninth token comes is certain only where so many are asked for.
+    assert len(steps) == (9 if "explain_tokens" in options else 0)
+
+
 def test_tokens_are_kept_when_explaining_them_fails() -> None:
     own = sampler()
+    budget = (least(len(PROMPT)) + least(len(PROMPT) + 8)) // 2
     with pytest.raises(InputError, match="memory_budget"):
-        own.generate(PROMPT, max_new_tokens=3, memory_budget=1000)
+        own.generate(PROMPT, max_new_tokens=9, memory_budget=budget)
     assert isinstance(own.partial, GenerationExplanation) and not own.partial.finished
-    assert len(own.partial.new_ids) == 3 and len(own.partial.explained) == 0
+    assert len(own.partial.new_ids) == 9 and len(own.partial.explained) < 9
 
 
 # --- interruption, progress, streaming ---------------------------------------------------------------
@@ -233,6 +277,19 @@ def test_a_callback_sees_each_token_and_may_end_it() -> None:
     assert not found.finished and len(found.explained) == 4
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError])
+def test_an_error_of_a_callback_is_the_callers_own(error: type[Exception]) -> None:
+    def fail(step: Step) -> None:
+        if step.number == 2:
+            raise error("of the caller")
+
+    own = sampler()
+    with pytest.raises(error, match="of the caller"):
+        own.generate(PROMPT, max_new_tokens=5, callback=fail)
+    assert isinstance(own.partial, GenerationExplanation) and not own.partial.finished
+    assert own.partial.new_ids.tolist() == sampler().generate(PROMPT, max_new_tokens=3).new_ids.tolist()
+
+
 def test_tokens_can_be_explained_while_they_come() -> None:
     rows = [PROMPT, [11, 12]]
     whole = sampler().generate(rows, max_new_tokens=4)
@@ -263,13 +320,65 @@ def test_stop_texts_end_it() -> None:
     assert stopped[0].text == whole.text[:2] and len(stopped[1].new_ids) == 6
 
 
-def test_greedy_ties_the_users_settings_and_model_are_left_alone() -> None:
-    model = explainer().model
-    before = (model.generation_config.to_dict(), model.config.to_dict(), {n: p.clone() for n, p in
-                                                                          model.named_parameters()})
-    sampler().generate(PROMPT, strategy="temperature", temperature=0.5, seed=1, max_new_tokens=3)
-    assert model.generation_config.to_dict() == before[0] and model.config.to_dict() == before[1]
-    assert all(torch.equal(p, before[2][n]) and p.grad is None for n, p in model.named_parameters())
+@pytest.mark.parametrize("tokens", [(0, 2), range(0, 3, 2), np.array([0, 2]), torch.tensor([0, 2])])
+def test_indices_in_any_form(tokens: Any) -> None:
+    assert sampler().generate(PROMPT, max_new_tokens=4, explain_tokens=tokens).explained.tolist() == [0, 2]
+    assert sampler().generate(PROMPT, max_new_tokens=4, explain_tokens=np.int64(2)).explained.tolist() == [0, 1]
+
+
+def test_padding_that_is_no_token() -> None:
+    """Configurations of some models have -1 for "no padding"; rows of different lengths are padded all the same."""
+    case = zoo.CASES["llama"]()
+    case.model.config.pad_token_id = case.model.generation_config.pad_token_id = -1
+    own = dlbc.compile(case.model, case.kwargs, rules="attnlrp", cache=False).sampler()
+    found = own.generate([PROMPT, [11]], max_new_tokens=2)
+    wanted = sampler().generate([PROMPT, [11]], max_new_tokens=2)
+    assert [one.ids.tolist() for one in found] == [one.ids.tolist() for one in wanted]
+
+
+def everything_of(model: torch.nn.Module) -> dict[str, object]:
+    """What there is to change in a model and in the process around it, in a form that compares."""
+    own: Any = model
+    modules = {name: (module.training, sorted(module.__dict__), *(
+        len(getattr(module, hooks)) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")))
+        for name, module in model.named_modules()}
+    weights = {name: (weight.data_ptr(), weight._version, weight.requires_grad, weight.grad is None, weight.tolist())
+               for name, weight in [*model.named_parameters(), *model.named_buffers()]}
+    return {"config": own.config.to_dict(), "generation_config": own.generation_config.to_dict(),
+            "objects": (id(own.config), id(own.generation_config), type(model), model.forward.__func__),
+            "modules": modules, "weights": weights,
+            "attention": own.config._attn_implementation, "torch": torch.random.get_rng_state().tolist(),
+            "numpy": np.random.get_state()[1].tolist(), "python": random.getstate(),
+            "flags": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+                      torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+                      torch.backends.cudnn.benchmark, torch.backends.mkldnn.is_available()),
+            "environment": dict(os.environ), "warnings": list(warnings.filters)}
+
+
+def test_nothing_of_the_model_or_the_process_changes(tmp_path: Path) -> None:
+    case = zoo.CASES["llama"]()
+    case.model.generation_config.temperature = 0.9  # settings of the user's
+    next(case.model.parameters()).requires_grad_(False)
+    before, steps = everything_of(case.model), []
+    own = dlbc.compile(case.model, case.kwargs, rules="attnlrp", cache=False)
+    assert everything_of(case.model) == before
+    for options in ({}, {"strategy": "temperature", "seed": 1}, {"strategy": "beam_search"}, {"layers": True},
+                    {"target": "alternative", "explain_when": "during", "callback": steps.append}):
+        own.sampler(Letters()).generate([PROMPT, [11]], max_new_tokens=3, **options)
+        assert everything_of(case.model) == before, options
+    own.sampler().explain(PROMPT, [4, 5]).words().save(tmp_path / "found.html")
+    own.run_task("generation", [PROMPT], max_new_tokens=2, return_scores=True, return_layerwise_output=True)
+    assert everything_of(case.model) == before
+
+
+def test_samplers_of_one_explainer_work_side_by_side() -> None:
+    rows = [[5, 6, 7, 8, 9], [11, 12], [20, 21, 22], [30]]
+    alone = [sampler().generate(row, max_new_tokens=4) for row in rows]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda row: sampler().generate(row, max_new_tokens=4), rows * 2))
+    for one, other in zip(together, alone * 2, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        np.testing.assert_allclose(one.relevance, other.relevance, rtol=1e-4, atol=1e-4)
 
 
 # --- words, files, the terminal ----------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch import nn
 
 import dlbc
 import dlbc_runtime
+from dlbc.apart import batch_of
 from dlbc.backends.layout import Layout
-from dlbc.batch import batch_of
 from dlbc.errors import ArtifactError, InputError
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.verifier import verify

@@ -82,6 +82,7 @@ def test_several_prompts_and_sequences(language: Explainer) -> None:
 @pytest.mark.parametrize(("options", "strategy"), [
     ({}, "greedy"), ({"temperature": 0.7}, "temperature"), ({"top_k": 5}, "top_k"), ({"top_p": 0.8}, "top_p"),
     ({"num_beams": 2}, "beam_search"), ({"num_beams": 1, "top_k": None}, "greedy"),
+    ({"do_sample": True}, "temperature"), ({"do_sample": False}, "greedy"), ({"do_sample": True, "top_k": 3}, "top_k"),
     ({"temperature": 1.3, "strategy": "top_k"}, "top_k"), ({"top_k": 3, "top_p": 0.9, "temperature": 2.0}, "top_k")])
 def test_the_strategy_is_told_from_the_options(language: Explainer, options: dict[str, Any], strategy: str) -> None:
     with dlbc.deterministic(0):
@@ -138,6 +139,9 @@ def test_an_encoder_decoder() -> None:
     wanted = model.generate(**given, max_new_tokens=3, do_sample=False)
     np.testing.assert_array_equal(result["generated_ids"], wanted)
     (found,) = result.explanation
+    # max_length counts what the decoder wrote, its start included.
+    short = explainer.run_task(inputs="the cat sat", tokenizer=tokenizer(special=False), max_length=3)
+    np.testing.assert_array_equal(short["generated_ids"], model.generate(**given, max_length=3, do_sample=False))
     np.testing.assert_array_equal(result["relevance"]["input_ids"], found.source_relevance)
     np.testing.assert_array_equal(result["relevance"]["decoder_input_ids"], found.relevance)
     assert [step["input_ids"].shape[1] for step in result["relevance_trace"]] == [3] * len(found.explained)
@@ -158,6 +162,8 @@ def test_an_encoder_decoder() -> None:
     (torch.tensor([[5, 6]]), {"num_beams": 2, "target": 3}, ["beam search"]),
     (torch.tensor([[5, 6]]), {"explain_tokens": [99]}, ["99"]),
     (torch.tensor([[5, 6]]), {"temperature": 0.5, "strategy": "greedy"}, ["temperature=0.5"]),
+    (torch.tensor([[5, 6]]), {"do_sample": False, "top_p": 0.5}, ["do_sample=False", "'top_p'"]),
+    (torch.tensor([[5, 6]]), {"do_sample": True, "num_beams": 2}, ["do_sample=True", "'beam_search'"]),
 ])
 def test_prompts_that_do_not_fit(language: Explainer, given: object, options: dict[str, Any], says: list[str]) -> None:
     options = {name: value() if callable(value) else value for name, value in options.items()}

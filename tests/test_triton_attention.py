@@ -224,7 +224,8 @@ def launches(rule: str, target: str, dtype: str, width: int, *, precision: str =
 
 @pytest.mark.parametrize(("target", "rule", "dtype", "width"), [
     *((target, *what) for target in ("sm_80", "sm_90") for what in (
-        ("dlb", "bf16", 128), ("attnlrp", "bf16", 128), ("dlb", "bf16", 64), ("attnlrp", "f32", 64))),
+        ("dlb", "bf16", 128), ("attnlrp", "bf16", 128), ("dlb", "bf16", 64), ("attnlrp", "f32", 64),
+        ("attnlrp", "bf16", 64))),
     ("sm_86", "dlb", "bf16", 128), ("sm_89", "attnlrp", "bf16", 128)])
 def test_compiled(target: str, rule: str, dtype: str, width: int) -> None:
     """No spills, shared memory within limits, products on tensor cores."""

@@ -72,7 +72,8 @@ def text(
                                          show_default=False)],
     model: Annotated[str, typer.Option(
         "--model", "-m", show_default=False,
-        help="A folder, GGUF file, package or hub name: a causal language model or a text classifier.")],
+        help="A folder, GGUF file, package or hub name: a causal language model, a text classifier, or with --generate "
+             "an encoder-decoder.")],
     gguf: Annotated[str | None, typer.Option("--gguf", help="The GGUF file in the folder.")] = None,
     target: Annotated[str | None, typer.Option(
         "--target", "-t", help="A token or a class: its text or its number; `text:5` is the token 5. "
@@ -100,14 +101,20 @@ def text(
     how = Generating(generate, temperature, top_k, top_p, beams, seed, tuple(stop or ()), layers)
     how.check({"--target": target, "--reference": reference, "--check": check, "--png": png})
     budget = bytes_of(memory_budget)
-    from dlbc.models import load_text
+    from dlbc.models import is_translation, load_text, load_translation, with_start
 
     with working(f"loading {model}"):
-        loaded = load_text(model, gguf=gguf, device=device)
+        translates = is_translation(model, gguf=gguf)
+        if translates and how.tokens is None:
+            raise InputError("the model is an encoder-decoder: what there is to explain is what it generates",
+                             where=model, hint="add --generate 20")
+        loaded = load_translation(model, device=device) if translates else load_text(model, gguf=gguf, device=device)
     if how.tokens is not None:
-        if not loaded.causal:
+        if not loaded.causal and not translates:
             raise InputError("the model classifies texts and generates none", where=model, hint="leave --generate out")
-        explainer = How(rules, backend, fallback, cache).compile(loaded.model, loaded.inputs(given))
+        inputs = loaded.inputs(given)
+        explainer = How(rules, backend, fallback, cache).compile(
+            loaded.model, with_start(loaded.model, inputs) if translates else inputs)
         generated(explainer, loaded, given, how, against=against, sinks=sinks, memory_budget=budget,
                   top=min(top, 3), files=(html, save))
         return

@@ -45,6 +45,7 @@ class DLBacktrace:
     `input_for_graph`: example inputs, a tensor, tuple or dict. `device`: where it runs; a model that lies elsewhere is
     copied there, and stays as it is. `rules`: others than "dlb". `verbose`: log details. `dynamic_shapes`: not needed,
     batch and sequence may change. `strict_cpu`: changes nothing; `dlbc.deterministic(seed)` is for that.
+    `layer_implementation`: changes nothing, there is one of each.
     `collect_node_module_map`: `fx_node_to_module` is always there.
 
     `explainer` is what does the work, `explanation` the last explanation; `node_io` and `all_wt` hold what the last
@@ -53,8 +54,9 @@ class DLBacktrace:
 
     def __init__(self, model: torch.nn.Module, input_for_graph: object, dynamic_shapes: object = None,
                  device: str = "cpu", verbose: bool = False, strict_cpu: bool = True,
-                 collect_node_module_map: bool = False, *, rules: str | Composite = "dlb", **options: Any) -> None:
-        del dynamic_shapes, strict_cpu, collect_node_module_map
+                 collect_node_module_map: bool = False, *, layer_implementation: str | None = None,
+                 rules: str | Composite = "dlb", **options: Any) -> None:
+        del dynamic_shapes, strict_cpu, collect_node_module_map, layer_implementation
         from dlbc.api import check_model
 
         check_model(model)
@@ -152,6 +154,8 @@ class DLBacktrace:
             raise InputError(f"relevance_cache_policy={relevance_cache_policy!r}",
                              hint=f"one of {', '.join(_POLICIES)}")
         where = tasks_files.check_place(save_path, format_of(save_format)) if save_relevance else None
+        name = "relevance" if save_name is None else save_name
+        tasks_files.check_name(name)
         result = self._explainer(mode).run_task(
             task, _moved(inputs, self.device), tokenizer, mode=mode, multiplier=multiplier, scaler=scaler,
             thresholding=thresholding, temperature=temperature, return_scores=return_scores,
@@ -164,7 +168,7 @@ class DLBacktrace:
             return result
         about = {"task": result.task, "rules": self._explainer(mode).manifest.composite, **dict(save_metadata or {})}
         path = tasks_files.save_relevance(result["relevance_trace"], *where, metadata=about,
-                                          name=save_name or "relevance")
+                                          name=name)
         return replace(result, save_path=path)
 
     def sample_auto(self, tokenizer: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -175,21 +179,26 @@ class DLBacktrace:
 
     def generate_with_temperature(self, input_ids: Any, temperature: float = 1.0, *, tokenizer: Any = None,
                                   attention_mask: Any = None, **options: Any) -> torch.Tensor:
-        """Sample a continuation at a temperature, with the model's own `generate`: int64 [B,T]. `options` are those of
-        `generate` (`max_length`, `max_new_tokens`, ...). InputError for a model that cannot generate."""
-        del tokenizer
-        temperature = check_temperature(temperature)
-        if not callable(getattr(self.model, "generate", None)):
-            raise InputError(f"{type(self.model).__name__} has no `generate`", where="generate_with_temperature()",
-                             hint="give a causal language model of transformers")
+        """Sample a continuation at a temperature, with the model's own `generate`: int64 [B,T]. `input_ids`: ids [T] or
+        [B,T], what a tokenizer returns, or with a `tokenizer` texts. `options` are those of `generate` (`max_length`,
+        `max_new_tokens`, ...). InputError for a model that cannot generate, and for prompts and options that do not
+        fit it."""
         import torch
 
-        ids = _moved(torch.as_tensor(input_ids), self.device)
-        mask = torch.ones_like(ids) if attention_mask is None else _moved(attention_mask, self.device)
-        with torch.no_grad():
-            found: torch.Tensor = self.model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, do_sample=True, temperature=temperature, **options)
-        return found.cpu()
+        from dlbc_runtime.generated_prompts import check, rows_of
+
+        where, temperature = "generate_with_temperature()", check_temperature(temperature)
+        sampler = self.explainer.sampler(tokenizer)
+        rows, _ = rows_of(input_ids, tokenizer, attention_mask)
+        longest = 1 if sampler.encoder_decoder else max(map(len, rows))  # what is there of the output before it
+        whole = options.get("max_length") if options.get("max_new_tokens") is None else None
+        if isinstance(whole, int) and whole <= longest:
+            raise InputError(f"max_length is {whole}, the prompt has {longest} tokens", where=where,
+                             hint="max_length counts the prompt too: give more, or max_new_tokens")
+        new = options.get("max_new_tokens") or (0 if whole is None else whole - longest)
+        check(rows, vocabulary=sampler.vocabulary, context=sampler.context, new=0 if sampler.encoder_decoder else new)
+        options = {"pad_token_id": sampler.padding(options), **options}
+        return torch.from_numpy(sampler.sequences(rows, do_sample=True, temperature=temperature, **options))
 
     # Looking at it
 

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -26,6 +26,7 @@ from dlbc_runtime.explanation_file import write_whole
 from dlbc_runtime.program import Manifest, Program, Variant, WeightSpec
 from dlbc_runtime.reference import Reference
 from dlbc_runtime.signature import dtype_name
+from dlbc_runtime.triton_store import StoredKernel, install
 
 if TYPE_CHECKING:
     from dlbc_runtime.explainer import Explainer
@@ -58,6 +59,8 @@ class Artifact:
     recipe: Mapping[str, Json]
     stored: Mapping[str, bytes]
     reference: Reference | None = None
+    kernels: Sequence[StoredKernel] = ()
+    """Compiled Triton kernels, if they were saved."""
 
     @property
     def backend(self) -> str:
@@ -78,12 +81,14 @@ class Artifact:
         return found
 
 
-def save(explainer: Explainer, path: str | os.PathLike[str], *, weights: bool = False) -> None:
+def save(explainer: Explainer, path: str | os.PathLike[str], *, weights: bool = False,
+         kernels: Sequence[StoredKernel] = ()) -> None:
     """Write an explainer with all programs it has compiled. The file appears whole or not at all.
 
-    `weights=True` puts the model's numbers inside as well. OSError when the path cannot be written.
+    `weights=True` puts the model's numbers inside as well, `kernels` compiled Triton kernels. OSError when the path
+    cannot be written.
     """
-    write_whole(Path(path), pack(explainer, weights=weights))
+    write_whole(Path(path), pack(explainer, weights=weights, kernels=kernels))
 
 
 def load(path: str | os.PathLike[str], *, trust: bool = False, weights: Mapping[str, Any] | None = None) -> Explainer:
@@ -104,11 +109,13 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, weights: Mapping[
     specs = weight_specs(program.manifest for program in artifact.programs.values())
     bound = match_weights(specs, {**artifact.tensors(), **(weights or {})}, artifact.backend, where,
                           hint="save it with weights=True, or give load the weights by name")
+    install(artifact.kernels)
     return Explainer(artifact.programs, bound, default=artifact.default, recipe=artifact.recipe,
                      reference=artifact.reference)
 
 
-def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Json] | None = None) -> bytes:
+def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Json] | None = None,
+         kernels: Sequence[StoredKernel] = ()) -> bytes:
     """The bytes of the file of an explainer. `extra` goes into the manifest."""
     programs = {_folder(i, variant): (variant, program) for i, (variant, program)
                 in enumerate(explainer.programs.items())}
@@ -127,6 +134,7 @@ def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Jso
     reference = explainer.reference
     if reference is not None and (arrays := dict(reference.arrays())):
         entries[REFERENCE] = _pack_tensors(arrays)
+    entries |= {kernel.entry: kernel.cubin for kernel in kernels}
     manifest: dict[str, Any] = {
         "format": FORMAT, "version": VERSION,
         "versions": {**explainer.manifest.versions, "python": platform.python_version(), "numpy": np.__version__,
@@ -137,7 +145,7 @@ def pack(explainer: Explainer, *, weights: bool = False, extra: Mapping[str, Jso
         "variants": {folder: {"variant": asdict(variant), "program": program.manifest.to_json(),
                               "levels": list(program.ir)} for folder, (variant, program) in programs.items()},
         "reference": None if reference is None else reference.to_json(),
-        "recipe": dict(explainer.recipe), "extra": dict(extra or {}),
+        "recipe": dict(explainer.recipe), "extra": dict(extra or {}), "kernels": [k.to_json() for k in kernels],
         "entries": {name: {"sha256": _sha256(content), "size": len(content)} for name, content in entries.items()}}
     entries = {MANIFEST: json.dumps(manifest, indent=1, allow_nan=False).encode(), **entries}
     file = io.BytesIO()
@@ -241,7 +249,8 @@ def _entries(archive: zipfile.ZipFile, where: str) -> tuple[dict[str, Any], dict
 
 def _artifact(manifest: Mapping[str, Any], stored: Mapping[str, bytes], where: str) -> Artifact:
     programs: dict[str, tuple[Variant, Program]] = {}
-    left = set(stored) - {CONSTANTS, WEIGHTS, REFERENCE}
+    kernels = [StoredKernel.from_json(entry, stored) for entry in manifest.get("kernels", ())]
+    left = set(stored) - {CONSTANTS, WEIGHTS, REFERENCE} - {kernel.entry for kernel in kernels}
     for folder, entry in manifest["variants"].items():
         names = {level: f"ir/{level}.dlir" if level in COMMON_LEVELS else f"ir/{folder}/{level}.dlir"
                  for level in _texts(entry["levels"])}
@@ -263,7 +272,7 @@ def _artifact(manifest: Mapping[str, Any], stored: Mapping[str, bytes], where: s
         raise ValueError("recipe")
     return Artifact(where, programs[manifest["default"]][0], dict(programs.values()), recipe, {
         name: content for name, content in stored.items() if name in (CONSTANTS, WEIGHTS)},
-        _reference(manifest["reference"], stored, where))
+        _reference(manifest["reference"], stored, where), kernels)
 
 
 def _reference(data: Any, stored: Mapping[str, bytes], where: str) -> Reference | None:

@@ -184,12 +184,16 @@ class Call:
         arguments = list(self.inputs.values())
         if not manifest.sequence:
             return arguments, None
-        length, last = self._last(manifest.sequence)
-        columns = np.stack([target.positions(last, length) for target in self.targets])
+        _, columns = self.columns(manifest)
         if not manifest.positions:
             return arguments, columns
         unique, _ = distinct_columns(columns)
         return [*arguments, self.explainer._engine.array(unique)], columns
+
+    def columns(self, manifest: Manifest) -> tuple[int, Array]:
+        """The length of the sequence, and the position that each target explains in each row, int64 [targets, B]."""
+        length, last = self._last(manifest.sequence)
+        return length, np.stack([target.positions(last, length) for target in self.targets])
 
     def _last(self, sequence: str) -> tuple[int, Array]:
         """The sequence length, and the last position of each row that is no padding."""

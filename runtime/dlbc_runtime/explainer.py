@@ -19,6 +19,7 @@ from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.memory import Memory, as_bytes
 from dlbc_runtime.padding import padded
 from dlbc_runtime.parts import plan_within, run_within, size_by_name, size_of
+from dlbc_runtime.prefix import lengthened, shortened
 from dlbc_runtime.program import Manifest, Program, Rules, Variant
 from dlbc_runtime.reference import Reference
 from dlbc_runtime.signature import RangeError, SizeError, dtype_name
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 
     from dlbc_runtime.sampler import Sampler
     from dlbc_runtime.tasks_result import TaskResult
+    from dlbc_runtime.triton_store import StoredKernel
 
 log = logging.getLogger(__name__)
 
 Build = Callable[[Variant], Program]
 Recompile = Callable[[tuple[Any, ...], Mapping[str, Any]], "Explainer"]
 Draw = Callable[[str], "networkx.MultiDiGraph"]
+CompileKernels = Callable[[Sequence[Program], Sequence[str]], "list[StoredKernel]"]
 
 
 class Explainer:
@@ -49,7 +52,8 @@ class Explainer:
 
     def __init__(self, programs: Mapping[Variant, Program], weights: Mapping[str, Any], *,
                  default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
-                 draw: Draw | None = None, recipe: Mapping[str, Json] | None = None,
+                 draw: Draw | None = None, compile_kernels: CompileKernels | None = None,
+                 recipe: Mapping[str, Json] | None = None,
                  reference: Reference | None = None, memory_budget: int | None = None, model: Any = None) -> None:
         self._model = model
         self._programs = dict(programs)
@@ -57,6 +61,7 @@ class Explainer:
         self._manifest = self._programs[self._default].manifest
         self._weights = dict(weights)
         self._build, self._recompile, self._draw = build, recompile, draw
+        self._compile_kernels = compile_kernels
         self._recipe = dict(recipe or {})
         self._reference = reference
         self._memory_budget = memory_budget
@@ -217,9 +222,12 @@ class Explainer:
         if self.manifest.streams > 1:
             check_contrastive(targets, multiplier)
         variant = self._variant(keep, output, positions, targets)
+        manifest = self._load(variant).program.manifest
         call = Call(self, variant, given, targets, many, multiplier, scaler, compared)
-        found = call.run() if budget is None else run_within(call, budget)
-        return found if sinks == "keep" else apart(found, sequence=bool(self._programs[variant].manifest.sequence))
+        short = shortened(call, manifest)
+        found = short.run() if budget is None else run_within(short, budget)
+        found = found if short is call else lengthened(found, call, manifest)
+        return found if sinks == "keep" else apart(found, sequence=bool(manifest.sequence))
 
     def run_task(self, task: str = "auto", inputs: object = None, tokenizer: Any = None, *, mode: str = "default",
                  multiplier: float = 100.0, scaler: float = 1.0, thresholding: float = 0.5, temperature: float = 1.0,
@@ -273,7 +281,8 @@ class Explainer:
         if sizes is None:
             args, kwargs, _ = padded(manifest.inputs, args, kwargs, manifest.pad, self._engine.array)
             given = self._engine.inputs(manifest.inputs.bind(args, kwargs))
-            size = size_of(manifest, Call(self, variant, given, targets, False, 1.0, reference=self._reference))
+            call = Call(self, variant, given, targets, False, 1.0, reference=self._reference)
+            size = size_of(manifest, shortened(call, manifest))
         else:
             size = size_by_name(manifest, sizes, targets)
         return plan_within(self.program_of, variant, size, budget)
@@ -293,7 +302,8 @@ class Explainer:
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
-                         recompile=self._recompile, draw=self._draw, recipe=self._recipe, model=self._model,
+                         recompile=self._recompile, draw=self._draw, compile_kernels=self._compile_kernels,
+                         recipe=self._recipe, model=self._model,
                          reference=self._reference, memory_budget=None if budget is None else as_bytes(budget))
 
     def forward(self, *args: Any, target: object = None, **kwargs: Any) -> tuple[dict[str, Any], Any]:
@@ -391,8 +401,25 @@ class Explainer:
             self._said.add(text)
             log.warning(text)
 
-    def save(self, path: str | os.PathLike[str], *, weights: bool = False) -> None:
-        """Write this explainer as one zip file: manifest, IR, source; `weights=True` includes the numbers."""
+    def kernels(self, archs: bool | str | Sequence[str] = True) -> list[StoredKernel]:
+        """The Triton kernels of all programs, compiled for NVIDIA architectures (`"sm_90"`); True: the explainer's own.
+
+        No GPU is needed; it takes about a second for each. InputError where there are none, or one does not fit an
+        architecture; ArtifactError for an explainer without its compiler.
+        """
+        if self._compile_kernels is None:
+            raise ArtifactError("this explainer was loaded without the compiler, which knows its kernels",
+                                hint="use dlbc.load, or save without kernels=")
+        names = [str(self._recipe.get("target", ""))] if archs is True else [archs] if isinstance(archs, str) else archs
+        return self._compile_kernels(list(self._programs.values()), list(names or ()))
+
+    def save(self, path: str | os.PathLike[str], *, weights: bool = False,
+             kernels: bool | str | Sequence[str] = False) -> None:
+        """Write this explainer as one zip file: manifest, IR, source; `weights=True` includes the numbers.
+
+        `kernels`: also put in the compiled Triton kernels for these architectures (`("sm_80", "sm_90")`; True: the
+        explainer's target), so that a machine that trusts the file need not compile them. Errors as in `kernels`.
+        """
         from dlbc_runtime.artifact import save
 
-        save(self, path, weights=weights)
+        save(self, path, weights=weights, kernels=self.kernels(kernels) if kernels else ())

@@ -244,7 +244,7 @@ def indices(tokens: object) -> str | int | list[int] | None:
     if tokens is None or isinstance(tokens, str | bool):
         return tokens
     found = as_numpy(tokens)
-    if found.dtype.kind not in "iu" and found.shape != (0,) or found.ndim > 1:
+    if (found.dtype.kind not in "iu" and found.shape != (0,)) or found.ndim > 1:
         raise InputError(f"explain_tokens={tokens!r:.80}",
                          hint='"all", "none", how many of the first, or a list of indices')
     return [int(one) for one in found] if found.ndim else int(found)

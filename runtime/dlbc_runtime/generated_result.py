@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlbc_runtime.arrays import Array
-from dlbc_runtime.errors import InputError
 from dlbc_runtime.generated_prompts import texts_of
 from dlbc_runtime.generated_relevance import Asked, Found, Text, explained, likelihoods
 from dlbc_runtime.generation import GenerationExplanation
@@ -118,8 +117,6 @@ class Making:
 def shown(progress: bool | Progress, total: int) -> Iterator[Callable[[int], None]]:
     """A function to call with how many more of `total` tokens are explained: it moves a bar, or tells `progress`."""
     done = 0
-    if not isinstance(progress, bool) and not callable(progress):
-        raise InputError(f"progress={progress!r:.80}", hint="True, or a function of how many are done, of how many")
     if progress is True:
         from rich.console import Console
         from rich.progress import Progress as Bar

@@ -34,7 +34,8 @@ class Recorder:
     """A stopping criterion of transformers that stops nothing by itself: it sees all sequences after each new token.
 
     `ids`: the sequences so far, [B, T]; `steps`: how many tokens are new. `known`: what was explained, by sequence.
-    `stopped`: whether a callback ended the generation. `padding`: on the left of each prompt, set by who decodes.
+    `stopped`: whether a callback ended the generation, `problem`: the error that it raised. `padding`: on the left of
+    each prompt, set by who decodes.
     """
 
     def __init__(self, prompts: Sequence[int], each: int, callback: Callback | None, text: Callable[[Array], str],
@@ -44,6 +45,7 @@ class Recorder:
         self.padding: Sequence[int] = ()
         self._ids: Any = None
         self.steps, self.stopped = 0, False
+        self.problem: Exception | None = None
         self.known: dict[int, Found] = {}
 
     @property
@@ -77,5 +79,9 @@ class Recorder:
             step = Step(row, number, int(own[-1]), self.text(own),
                         found.probabilities.get(number) if found is not None else None,
                         found.rows[found.numbers.index(number)] if found is not None and explained else None)
-            if self.callback(step) is False:
-                self.stopped = True
+            try:
+                if self.callback(step) is False:
+                    self.stopped = True
+            except Exception as problem:
+                self.problem = problem
+                raise

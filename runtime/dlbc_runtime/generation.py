@@ -192,7 +192,7 @@ class GenerationExplanation:
     def save(self, path: str | Path) -> Path:
         """Write it to a file by suffix: `.safetensors` or `.json`, which `load` reads, or `.html`; returns the path.
 
-        Raises InputError for another suffix.
+        Folders on the way are made. Raises InputError for another suffix, OSError where it cannot be written.
         """
         from dlbc_runtime.generated_file import save
 

@@ -117,6 +117,8 @@ class Manifest:
     """What is held at which step."""
     batch: str = ""
     """The size whose rows do not depend on each other, axis 0 of what is explained; "" where that is not sure."""
+    causal: str = ""
+    """The size of the sequence where no position knows a later one; "" where that is not sure."""
     work: tuple[WorkRow, ...] = ()
     """What runs where, of backends that write kernels; else everything is the array library's."""
     pad: int = 0
@@ -136,7 +138,7 @@ class Manifest:
             "ledger": [list(entry) for entry in self.ledger],
             "rules": [[r.place, r.op, r.rule] for r in self.rules],
             "static": dict(self.static), "versions": dict(self.versions),
-            "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad,
+            "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad, "causal": self.causal,
             "work": [row.to_json() for row in self.work]}
 
     @staticmethod
@@ -155,7 +157,7 @@ class Manifest:
             static=dict(data["static"]), versions=dict(data["versions"]), streams=int(data["streams"]),
             reference=str(data["reference"]), references=tuple(map(bool, data["references"])),
             bounds=tuple(map(Bounds.from_json, data["bounds"])), memory=Plan.from_json(data["memory"]),
-            batch=str(data["batch"]), pad=int(data["pad"]),
+            batch=str(data["batch"]), pad=int(data["pad"]), causal=str(data["causal"]),
             work=tuple(map(WorkRow.from_json, data["work"])))
 
 

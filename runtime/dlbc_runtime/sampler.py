@@ -52,7 +52,8 @@ class GenerationInterrupted(KeyboardInterrupt):
 class Sampler:
     """Generates with the explainer's model and explains what came. Made by `explainer.sampler(tokenizer)`.
 
-    `partial`: what a run that was interrupted, or failed while explaining, had finished; None otherwise.
+    `partial`: what a run that was interrupted, or failed while explaining, had finished; None otherwise. It is of the
+    last run, so threads each take a sampler of their own; random numbers are torch's own, which threads share.
     """
 
     def __init__(self, explainer: Explainer, tokenizer: Any = None) -> None:
@@ -64,7 +65,7 @@ class Sampler:
         if model is None:
             raise ArtifactError("this explainer has no model to generate with", where="sampler",
                                 hint="dlbc.load(path, model) gives it one")
-        if not callable(getattr(model, "generate", None)) or not hasattr(model, "get_input_embeddings"):
+        if not all(hasattr(model, name) for name in ("generate", "get_input_embeddings", "config")):
             raise InputError(f"{type(model).__name__} has no `generate`", where="sampler",
                              hint="compile a causal language model or encoder-decoder of transformers")
         self.model: Any = model
@@ -92,7 +93,8 @@ class Sampler:
         """Continue a prompt and explain each new token by the tokens before it (and an encoder's input).
 
         `prompt`: a text, token ids, or a list of them, of any lengths; then a list is returned, `num_return_sequences`
-        for each prompt, one after the other. `decoder_prompt`: ids that an encoder-decoder's output begins with.
+        for each prompt, one after the other. `decoder_prompt`: ids or a text that an encoder-decoder's output begins
+        with, after its start token.
 
         How it is generated: `strategy` "greedy", "temperature", "top_k", "top_p" or "beam_search"; `max_new_tokens`,
         `min_new_tokens`, `temperature`, `top_k`, `top_p`, `num_beams`, `num_return_sequences`, `length_penalty`,
@@ -143,7 +145,7 @@ class Sampler:
         check_budget(self.explainer, starts[longest], rows[longest] if self.encoder_decoder else None, asked,
                      making.keep, least=max(1, decoding.min_new_tokens or 0), most=max_new_tokens)
         recorder = Recorder(tuple(map(len, starts)), decoding.num_return_sequences, callback,
-                            lambda ids: texts_of(ids, self.tokenizer)[-1], frozenset(self._ends(decoding)),
+                            lambda ids: texts_of(ids, self.tokenizer)[-1], frozenset(self._ends(decoding.more)),
                             making.of_last(rows if self.encoder_decoder else None) if explain_when == "during"
                             else None)
         started = time.perf_counter()
@@ -151,6 +153,12 @@ class Sampler:
             texts = self._decoded(rows, starts, decoding, recorder)
         except KeyboardInterrupt as problem:
             raise self._interrupted(recorder, rows, starts, decoding, making, many) from problem
+        except Exception as problem:  # tokens that have come are not lost when a callback or an explanation fails
+            with contextlib.suppress(Exception):
+                self._interrupted(recorder, rows, starts, decoding, making, many)
+            if recorder.problem is not None and problem is not recorder.problem:
+                raise recorder.problem from None
+            raise
         making = replace(making, seconds=time.perf_counter() - started)
         return self._explained(texts, making, recorder.known, many, progress, finished=not recorder.stopped)
 
@@ -165,7 +173,7 @@ class Sampler:
         self.partial = None
         asked = self._asked(explain_tokens, target, sinks, alternatives, multiplier, scaler, memory_budget)
         row = _only(rows_of(prompt, self.tokenizer), "prompt")
-        new = _only(rows_of(self._continued(continuation), self.tokenizer), "continuation")
+        new = _only(rows_of(self._continued(continuation, "continuation"), self.tokenizer), "continuation")
         (start,) = self._starts([row], None)
         check([row] if self.encoder_decoder else [np.concatenate([row, new])], vocabulary=self.vocabulary,
               context=self.context, new=0)
@@ -184,28 +192,36 @@ class Sampler:
         """The sequences, by transformers."""
         import torch
 
+        device = next(self.model.parameters()).device
+        arguments = decoding.arguments(pad=self.padding(decoding.more), tokenizer=self.tokenizer)
+        if self.encoder_decoder and any(len(start) > 1 for start in starts):
+            arguments["decoder_input_ids"] = torch.from_numpy(np.stack(starts)).to(device)
+        criteria = [*arguments.pop("stopping_criteria", ()), recorder]
+        width = max(map(len, rows))
+        recorder.padding = tuple(0 if self.encoder_decoder else width - len(row) for row in rows)
+        with _seeded(decoding.seed, device):
+            found = self.sequences(rows, **arguments, stopping_criteria=criteria)
+        return self._texts(found, rows, starts, decoding, width)
+
+    def sequences(self, rows: Sequence[Array], **arguments: Any) -> Array:
+        """What the model's own `generate` makes of prompts (ids [T] of each) and these arguments: int64 [B, T], padded.
+        Its complaints, and a model in training mode, are InputErrors."""
+        import torch
+
         if self.model.training:
             raise InputError("the model is in training mode: dropout would choose tokens", where="generate",
                              hint="call model.eval()")
         device = next(self.model.parameters()).device
-        pad = self._pad(decoding)
-        ids, mask = padded(rows, pad, left=not self.encoder_decoder)
-        given: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device),
-                                 "attention_mask": torch.from_numpy(mask).to(device)}
-        if self.encoder_decoder and any(len(start) > 1 for start in starts):
-            given["decoder_input_ids"] = torch.from_numpy(np.stack(starts)).to(device)
-        arguments = decoding.arguments(pad=pad, tokenizer=self.tokenizer)
-        criteria = [*arguments.pop("stopping_criteria", ()), recorder]
-        recorder.padding = tuple(0 if self.encoder_decoder else ids.shape[1] - len(row) for row in rows)
-        with _seeded(decoding.seed, device):
-            try:
-                found = self.model.generate(**given, **arguments, stopping_criteria=criteria)
-            except (ValueError, TypeError) as problem:
-                if isinstance(problem, InputError):
-                    raise
-                raise InputError(f"transformers cannot generate so: {str(problem).strip().splitlines()[0]}",
-                                 where="generate", hint="see GenerationConfig of transformers") from problem
-        return self._texts(as_numpy(getattr(found, "sequences", found)), rows, starts, decoding, ids.shape[1])
+        ids, mask = padded(rows, self.padding(arguments), left=not self.encoder_decoder)
+        try:
+            found = self.model.generate(input_ids=torch.from_numpy(ids).to(device),
+                                        attention_mask=torch.from_numpy(mask).to(device), **arguments)
+        except (ValueError, TypeError) as problem:
+            if isinstance(problem, InputError):
+                raise
+            raise InputError(f"transformers cannot generate so: {str(problem).strip().splitlines()[0]}",
+                             where="generate", hint="see GenerationConfig of transformers") from problem
+        return as_numpy(getattr(found, "sequences", found))
 
     def _texts(self, sequences: Array, rows: Sequence[Array], starts: Sequence[Array], decoding: Decoding, width: int
                ) -> list[Text]:
@@ -222,25 +238,25 @@ class Sampler:
 
     def _ended(self, new: Array, decoding: Decoding, *, several: bool) -> Array:
         """New tokens up to the one that ended them: rows that end before others are padded."""
-        ends = np.flatnonzero(np.isin(new, self._ends(decoding)))
+        ends = np.flatnonzero(np.isin(new, self._ends(decoding.more)))
         if len(ends):
             # min_new_tokens, or bad words, keep the end from coming early; what comes first is the end.
             return new[:ends[0] + 1]
         if several and (decoding.stops or decoding.strategy == "beam_search"):
-            kept = np.flatnonzero(new != self._pad(decoding))
+            kept = np.flatnonzero(new != self.padding(decoding.more))
             return new[:kept[-1] + 1] if len(kept) else new[:1]
         return new
 
-    def _ends(self, decoding: Decoding) -> list[int]:
-        given = decoding.more.get("eos_token_id")
+    def _ends(self, options: Mapping[str, Any]) -> list[int]:
+        given = options.get("eos_token_id")
         if given is not None:
             return [int(one) for one in (given if isinstance(given, list | tuple) else [given])]
         return ids_named(self.model, "eos_token_id")
 
-    def _pad(self, decoding: Decoding) -> int:
-        """The padding token; some configurations have -1 or an id beyond the vocabulary for none."""
-        named = (decoding.more.get("pad_token_id"), *ids_named(self.model, "pad_token_id"),
-                 getattr(self.tokenizer, "pad_token_id", None), *self._ends(decoding))
+    def padding(self, options: Mapping[str, Any]) -> int:
+        """The padding token for these arguments of `generate`. Some configurations have -1 for none."""
+        named = (options.get("pad_token_id"), *ids_named(self.model, "pad_token_id"),
+                 getattr(self.tokenizer, "pad_token_id", None), *self._ends(options))
         return next((int(one) for one in named if one is not None and 0 <= one < self.vocabulary), 0)
 
     def _starts(self, rows: Sequence[Array], decoder_prompt: object) -> list[Array]:
@@ -250,13 +266,15 @@ class Sampler:
                 raise InputError(f"{type(self.model).__name__} has no decoder beside it", where="decoder_prompt",
                                  hint="put it at the end of the prompt")
             return list(rows)
+        start = ids_named(self.model, "decoder_start_token_id") or ids_named(self.model, "bos_token_id")
         if decoder_prompt is not None:
-            given, _ = rows_of(decoder_prompt, self.tokenizer)
+            given, _ = rows_of(self._continued(decoder_prompt, "decoder_prompt"), self.tokenizer)
+            if start and all(row[0] != start[0] for row in given):  # as `generate` does it
+                given = [np.concatenate([start[:1], row]).astype(np.int64) for row in given]
             if len(given) not in (1, len(rows)) or len(set(map(len, given))) > 1:
                 raise InputError(f"{len(given)} decoder prompts of lengths {[len(one) for one in given]} for "
                                  f"{len(rows)} prompts", where="decoder_prompt", hint="give one, or ids [B,T]")
             return given * len(rows) if len(given) == 1 else given
-        start = ids_named(self.model, "decoder_start_token_id") or ids_named(self.model, "bos_token_id")
         if not start:
             raise InputError("the model's configuration names no token that its output begins with", where="generate",
                              hint="give decoder_prompt=[id], or set model.generation_config.decoder_start_token_id")
@@ -361,13 +379,13 @@ class Sampler:
         return GenerationInterrupted(f"interrupted after {recorder.steps} new tokens, of which {done} are explained",
                                      self.partial)
 
-    def _continued(self, continuation: object) -> object:
-        """A continuation's ids: of a text without the special tokens that begin one."""
-        if isinstance(continuation, str) and self.tokenizer is not None:
-            continuation = self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        if isinstance(continuation, str | list | tuple) and not continuation:
-            raise InputError("the continuation is empty", where="continuation", hint="give at least one token")
-        return continuation
+    def _continued(self, given: object, what: str) -> object:
+        """A continuation's ids: of a text without the special tokens that begin and end one."""
+        if isinstance(given, str) and self.tokenizer is not None:
+            given = self.tokenizer(given, add_special_tokens=False)["input_ids"]
+        if isinstance(given, str | list | tuple) and not given:
+            raise InputError("it is empty", where=what, hint="give at least one token")
+        return given
 
 
 def _only(found: tuple[list[Array], bool], what: str) -> Array:

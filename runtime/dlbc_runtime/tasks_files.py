@@ -52,15 +52,20 @@ def check_place(path: str | os.PathLike[str], format: str) -> tuple[Path, Format
     return place, chosen
 
 
+def check_name(name: str) -> None:
+    """InputError for a file's name that would lead out of its folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
+        raise InputError(f"the name of a file is {name!r}", where="save_name",
+                         hint="give a name without folders; the folder is save_path")
+
+
 def save_relevance(steps: Sequence[Mapping[str, Array]], path: str | os.PathLike[str], format: str = "safetensors", *,
                    metadata: Mapping[str, Json] | None = None, name: str = "relevance") -> Path:
     """Write relevance by step, and return the file's path. `path`: a file's name with the format's suffix, which is
     replaced, or a folder: there it is called `name`, with a number where that is taken. InputError for places and
     formats that cannot be."""
     place, chosen = check_place(path, format)
-    if not isinstance(name, str) or not name or any(mark in name for mark in "/\\\0") or name in (".", ".."):
-        raise InputError(f"the name is {name!r}", where="save_name", hint="give a name without folders; the folder is "
-                                                                         "save_path")
+    check_name(name)
     if not place.suffix or place.is_dir():
         names = (f"{name}{f'-{number}' if number > 1 else ''}.{chosen}" for number in range(1, 2**31))
         place = next(place / one for one in names if not (place / one).exists())

@@ -9,6 +9,7 @@ import numpy as np
 
 from dlbc_runtime.arrays import Array, Arrays, as_numpy
 from dlbc_runtime.errors import InputError
+from dlbc_runtime.generated_options import SAMPLING
 from dlbc_runtime.tasks_inputs import check_ids, check_vocabulary, texts_of, tokenizer_for
 from dlbc_runtime.tasks_kinds import Kinds
 from dlbc_runtime.tasks_result import TaskResult, Trace
@@ -25,12 +26,13 @@ def generate(explainer: Explainer, inputs: object, tokenizer: Any, options: Opti
     if tokenizer is not None or _texts(inputs) is not None:  # prompts of token ids need none
         tokenizer = tokenizer_for(explainer, tokenizer)
     prompt, longest = prompt_of(explainer, inputs, tokenizer, kinds)
-    given = decoding(options.generation, options.temperature, longest)
+    sampler = explainer.sampler(tokenizer)
+    given = decoding(options.generation, options.temperature, 1 if sampler.encoder_decoder else longest)
     if options.target is not None:
         given["target"] = options.target
     if options.layers:
         given["layers"] = True
-    found = explainer.sampler(tokenizer).generate(prompt, multiplier=options.multiplier, scaler=options.scaler, **given)
+    found = sampler.generate(prompt, multiplier=options.multiplier, scaler=options.scaler, **given)
     sequences = tuple(found) if isinstance(found, list) else (found,)
     ids = ids_of(sequences, tokenizer)
     layers = [_activations(explainer, one, kinds) for one in sequences] if options.layers else []
@@ -83,15 +85,20 @@ def _texts(inputs: object) -> list[str] | None:
 
 def decoding(options: Mapping[str, Any], temperature: float, longest: int) -> dict[str, Any]:
     """Options of generation as the sampler has them: what is None is left out, the strategy is told from the others
-    where it is not named, and `max_length` counts the prompt."""
+    where it is not named (`do_sample` among them), and `max_length` counts the prompt."""
     given = {name: value for name, value in options.items() if value is not None or name == "explain_tokens"}
     if given.get("num_beams") == 1:
         del given["num_beams"]
     if temperature != 1:
         given.setdefault("temperature", temperature)
+    sampled = given.pop("do_sample", None)
     if "strategy" not in given:
-        given["strategy"] = "beam_search" if "num_beams" in given else next(
-            (name for name in ("top_k", "top_p", "temperature") if name in given), "greedy")
+        told = [name for name in ("top_k", "top_p", "temperature") if name in given]
+        given["strategy"] = "beam_search" if "num_beams" in given else (
+            told[0] if told else "temperature" if sampled else "greedy")
+    if sampled is not None and bool(sampled) != (given["strategy"] in SAMPLING):
+        raise InputError(f"do_sample={sampled!r}, and the strategy is {given['strategy']!r}", where="generation",
+                         hint="leave do_sample out")
     if "max_length" in given:
         if "max_new_tokens" in given:
             raise InputError("max_length and max_new_tokens are both given", where="generation",

@@ -82,6 +82,11 @@ def caption(flow: Flow) -> str:
 
 
 def _relevance(explanation: Explanation) -> dict[str, float]:
+    from dlbc_runtime.explanation import Explanation as Drawable
+
+    if not isinstance(explanation, Drawable):
+        raise InputError(f"{type(explanation).__name__} holds no relevance of the model's places", where="draw()",
+                         hint='give what explainer(..., keep="all") returns, or keep="modules"')
     if not explanation.nodes:
         raise InputError("this explanation holds relevance of its inputs alone", where="draw()",
                          hint='explain with keep="all", or keep="modules"')

@@ -1,7 +1,10 @@
-"""Whether the rows of a batch are computed apart, so that a call may be made in parts: proved op by op, or not at all.
+"""What is computed apart, so that a call may be made in parts: proved op by op, or not at all.
 
-Each value has at most one axis that the batch lies along: an axis of its size, or one whose outermost part it is (`B*T`
-after a reshape). An op must treat that axis row by row. Ops that are not known to do so say no.
+Rows of a batch: no row depends on another. Positions of a text: none depends on a later one, so what comes after the
+last explained one need not be there at all.
+
+Each value has at most one axis that rows (or positions) lie along: an axis of their number, or one whose outermost part
+they are (`B*T` after a reshape). An op must treat that axis row by row. Ops that are not known to do so say no.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from dlbc.ir.core import Attr, Graph, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Dim, Sym, product, symbol, symbols
 from dlbc.ir.ops import OPS
 from dlbc.passes.carriers import explained_inputs
+from dlbc.passes.sink_positions import sequence_output
 
 NO = -1
-"""No axis: the value is the same for every batch."""
+"""No axis: the value is the same for every row."""
 
 
 class _Mixed(Exception):
@@ -24,12 +28,16 @@ class _Mixed(Exception):
 
 @dataclass(frozen=True)
 class _At:
-    """One op: the batch axis of each operand (NO: none), the types, and the batch's size."""
+    """One op: the axis of rows of each operand (NO: none), the types, and how many rows there are.
+
+    `ordered`: rows are positions, of which none may depend on a later one.
+    """
 
     op: Op
     axes: tuple[int, ...]
     batch: Dim
     rows: frozenset[str]
+    ordered: bool = False
 
     def type(self, position: int) -> Type:
         operand = self.op.operands[position]
@@ -71,26 +79,41 @@ def batch_of(graph: Graph) -> str:
     return name if outputs else ""
 
 
-def _axes(graph: Graph, batch: Dim) -> dict[str, int]:
-    """The batch axis of each value."""
+def causal_length(graph: Graph, output: str = "") -> str:
+    """The size T of an output [B, T, V] of which no position depends on a later one, where nothing else that the graph
+    returns has positions; else ""."""
+    found = sequence_output(graph, output)
+    if found is None or not isinstance(found[2], Sym) or not str(found[2]).isidentifier():
+        return ""
+    chosen, _, length = found
+    try:
+        axes = _axes(graph, length, ordered=True)
+    except (_Mixed, AssertionError, ValueError, TypeError):
+        return ""
+    others = all(axes[v.name] == NO for v in graph.forward.results if v != chosen)
+    return str(length) if axes[chosen.name] == 1 and others else ""
+
+
+def _axes(graph: Graph, batch: Dim, *, ordered: bool = False) -> dict[str, int]:
+    """The axis of each value along which rows lie."""
     found = {v.name: NO for v in graph.prepare.results}
     for param in graph.forward.params:
         found[param.name] = _declared(param.type, batch)
-        if found[param.name] not in (NO, 0):
+        if found[param.name] not in (NO, int(ordered)):
             raise _Mixed
     rows: set[str] = set()  # row numbers: arange over the batch, reshaped
     for op in graph.forward.ops:
         axes = tuple(found[o.name] if isinstance(o, Value) else NO for o in op.operands)
         if any(isinstance(o, Sym) and _has(o, batch) for o in op.operands):
             raise _Mixed
-        counts = op.name == "arange" and op.attrs.get("stop") == batch and op.attrs.get("start", 0) == 0
+        counts = not ordered and op.name == "arange" and op.attrs.get("stop") == batch and op.attrs.get("start", 0) == 0
         if counts or (op.name == "reshape" and op.operands and _name(op.operands[0]) in rows):
             rows.add(op.result.name)
             found[op.result.name] = _declared(op.result.type, batch)
             continue
         if any(v.name in rows for v in values(op.operands)) and op.name != "index":
             raise _Mixed
-        at = _At(op, axes, batch, frozenset(rows))
+        at = _At(op, axes, batch, frozenset(rows), ordered)
         axis = _result_axis(at)
         for result in op.results:
             dim = result.type.shape[axis] if axis != NO else None
@@ -103,6 +126,8 @@ def _axes(graph: Graph, batch: Dim) -> dict[str, int]:
 
 def _result_axis(at: _At) -> int:
     op = at.op
+    if at.ordered and all(axis == NO for axis in at.axes) and _begins(at):
+        return _declared(op.result.type, at.batch)
     _check_attrs(at)
     if all(axis == NO for axis in at.axes):
         if op.name not in ("full", "expand") and any(_has(d, at.batch) for r in op.results for d in r.type.shape):
@@ -110,9 +135,16 @@ def _result_axis(at: _At) -> int:
         return _declared(op.result.type, at.batch)
     if OPS[op.name].elementwise:
         return _aligned(at, 0)
-    if op.name not in _RULES:
+    rules = _ORDERED if at.ordered else _RULES
+    if op.name not in rules:
         raise _Mixed
-    return _RULES[op.name](at)
+    return rules[op.name](at)
+
+
+def _begins(at: _At) -> bool:
+    """Whether an op makes the first rows of something that goes on: a count, or the beginning of a table."""
+    return at.op.name in ("arange", "slice") and at.attr("stop") == at.batch and not _attr_has(
+        at.attr("start"), at.batch) and at.attr("step") == 1
 
 
 def _check_attrs(at: _At) -> None:
@@ -206,6 +238,15 @@ def _attended(at: _At) -> int:
     return 0
 
 
+def _attended_before(at: _At) -> int:
+    """Causal attention: a mask may hide keys from all queries alike, and no more."""
+    rank = at.type(0).rank
+    mask = at.axes[3] if len(at.axes) > 3 else NO
+    if at.attr("causal") is not True or set(at.axes[:3]) != {rank - 2} or mask not in (NO, rank - 1):
+        raise _Mixed
+    return rank - 2
+
+
 def _joined(at: _At) -> int:
     axes = {axis for axis in at.axes if axis != NO}
     if len(axes) != 1 or next(iter(axes)) in at.numbers("dim", at.op.result.type.rank):
@@ -260,9 +301,15 @@ _RULES: Mapping[str, Callable[[_At], int]] = {
     "gather": _gathered, "take": _taken, "index": _indexed, "triangle": lambda at: _kept(at, 2),
 }
 
+_ORDERED: Mapping[str, Callable[[_At], int]] = {
+    **{name: rule for name, rule in _RULES.items() if not name.startswith("attention")},
+    "attention": _attended_before, "cumsum": lambda at: at.first,
+}
+"""The same for positions: what is added up from the first on knows no later one."""
+
 
 def _declared(type: Type, batch: Dim) -> int:
-    """The only axis of a type that the batch is in."""
+    """The only axis of a type that the rows are in."""
     found = [i for i, dim in enumerate(type.shape) if _has(dim, batch)]
     if len(found) > 1:
         raise _Mixed
