@@ -154,3 +154,19 @@ def test_identical_blocks_are_one_function_of_the_module() -> None:
     assert launched - 1 > source.count("@triton.jit")
     names = [line.split("(")[0] for line in source.splitlines() if line.startswith("def gemm_")]
     assert len(names) == len(set(names))
+
+
+def test_what_nobody_reads_makes_no_kernel() -> None:
+    """A kernel without results would not read back."""
+    graph = parse_graph("""
+        graph @dead(B: 1..8)
+        weights { @w : f32[3,4] }
+        forward(%x : f32[B,4]) {
+          %dead = linear(%x, @w) : f32[B,3]
+          %a    = exp(%x)        : f32[B,4]
+          %y    = tanh(%a)       : f32[B,4]
+          return %y
+        }""")
+    fused = Fuse().run(graph)
+    assert [kernel.template for kernel in kernels(fused)] == ["elementwise"]
+    assert print_graph(parse_graph(print_graph(fused))) == print_graph(fused)

@@ -89,6 +89,8 @@ class _Fusing:
             if self.pays(members, template):
                 ops = [self.op(at) for at in members]
                 results = tuple(r for op in ops for r in op.results if self.groups.seen_outside(r.name, group))
+                if not results:
+                    continue  # dead ops make no kernel
                 body, results = one_of_each(ops, results)
                 kernels[group] = Kernel("", template, body, results)
         items: list[Op | Kernel] = []
