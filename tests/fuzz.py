@@ -168,9 +168,10 @@ def _hold_sink(check: Checker, step: Pass, graph: Graph, composite: Composite) -
         return
     whole, part = (check.quickly((Pair(rules=composite), Lower()), g) for g in (graph, after))
     assert whole.relevance is not None and part.relevance is not None
-    check.arrays = {**check.case.arrays(whole), **check.case.arrays(part), **check.arrays}
+    of_whole = check.case.arrays(whole)  # what is computed at the positions may have kept its name
+    check.arrays = {**of_whole, **check.arrays, **check.case.arrays(part)}
     name, own = whole.relevance.params[0].name, part.relevance.params[0].name
-    sizes = (*check.arrays[own].shape[:2], *check.arrays[name].shape[2:])
+    sizes = (*check.arrays[own].shape[:2], *of_whole[name].shape[2:])
     seeds = np.zeros(sizes)
     if step.name == "sink_positions":
         rows, chosen = np.arange(check.case.batch)[:, None], check.arrays["positions"]
