@@ -61,6 +61,36 @@ def llama(tokens: int = 128, *, layers: int = 8, modeling: Any = None) -> Case:
     return Case(model, ids, lambda: input_gradient(forward, embed(ids)))
 
 
+def qwen3_moe(tokens: int = 128, *, experts: int = 16, used: int = 16) -> Case:
+    """A 512-wide Qwen3-MoE of 4 layers, top 2 of `experts`, of which tokens are routed to the first `used` only; and a
+    prompt. The baseline runs experts by grouped products, transformers' default."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1376, moe_intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=64, num_experts=used, num_experts_per_tok=2,
+        norm_topk_prob=True, max_position_embeddings=max(2048, tokens))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+        ids = torch.randint(0, 32000, (1, tokens))
+    if experts > used:
+        config.num_experts = config.num_local_experts = experts
+        larger = transformers.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+        for name, own in larger.named_parameters():
+            weight = model.get_parameter(name)
+            more = experts - used
+            if name.endswith("mlp.gate.weight"):  # their score is the mean of the others': never among the two largest
+                weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(more, -1)])
+            elif ".experts." in name:
+                weight = torch.cat([weight, weight[torch.arange(more) % used]])
+            own.data.copy_(weight)
+        model = larger
+    embed = model.get_input_embeddings()
+    return Case(model, ids, lambda: input_gradient(
+        lambda x: model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits, embed(ids)))
+
+
 def bert_base() -> Case:
     """BERT-base with a head for two classes; 8 texts of 128 tokens."""
     from transformers import BertConfig, BertForSequenceClassification

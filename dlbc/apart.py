@@ -242,9 +242,18 @@ def _attended_before(at: _At) -> int:
     """Causal attention: a mask may hide keys from all queries alike, and no more."""
     rank = at.type(0).rank
     mask = at.axes[3] if len(at.axes) > 3 else NO
-    if at.attr("causal") is not True or set(at.axes[:3]) != {rank - 2} or mask not in (NO, rank - 1):
+    if at.attr("causal") is not True or set(at.axes[:3]) != {rank - 2} or mask not in (NO, rank - 1) or (
+            set(at.axes[4:]) - {NO}):
         raise _Mixed
     return rank - 2
+
+
+def _mixed(at: _At) -> int:
+    """Rows that experts are chosen for: axes in front, the same of what they are given and of their numbers."""
+    axes = {axis for axis in at.axes if axis != NO}
+    if len(axes) != 1 or next(iter(axes)) >= at.type(1).rank - 1:
+        raise _Mixed
+    return next(iter(axes))
 
 
 def _joined(at: _At) -> int:
@@ -298,7 +307,7 @@ _RULES: Mapping[str, Callable[[_At], int]] = {
     "linear": _linear, "matmul": lambda at: _aligned(at, 2), "rotary": lambda at: _aligned(at, 1),
     "embedding": lambda at: at.first, "expand": lambda at: at.op.result.type.rank - at.type(0).rank + at.first,
     "reshape": _reshaped, "permute": _permuted, "select": _selected, "cat": _joined, "pad": _padded,
-    "gather": _gathered, "take": _taken, "index": _indexed, "triangle": lambda at: _kept(at, 2),
+    "gather": _gathered, "scatter": _gathered, "take": _taken, "index": _indexed, "triangle": lambda at: _kept(at, 2),
 }
 
 _ORDERED: Mapping[str, Callable[[_At], int]] = {

@@ -30,7 +30,10 @@ from dlbc.backends.triton.record import kernels_of
 from dlbc.compiler import Source, build_program, compile_now, draw
 from dlbc.errors import ArtifactError, InputError
 from dlbc.fingerprint import Fingerprint, Uncapturable
+from dlbc.frontends.expert_capture import portable_experts
 from dlbc.frontends.inputs import INJECTED, Signature, dynamic_axes, mapped, tensors
+from dlbc.frontends.quiet import EXPORTING
+from dlbc.frontends.registered_capture import registered
 from dlbc.options import Options
 from dlbc_runtime.arrays import as_numpy
 from dlbc_runtime.artifact import Artifact, pack, unpack, weight_specs
@@ -192,7 +195,9 @@ def keys_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     key.add((_versions(), asked, vars(default), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"),
              torch.is_autocast_enabled("cuda")), "options")
     key.add({name: mapped(value, name, form) for name, value in bound.items()}, "inputs")
-    key.add(model, "")
+    with EXPORTING, portable_experts(model):  # as it is captured: which implementation the user set does not matter
+        key.add(model, "")
+    key.add([(path, forward) for path, (_, forward) in registered(model).items()], "register_moe")
     general = key.hexdigest()
     key.add({path: tuple(x.shape) for path, x in named.items()}, "sizes")
     return general, key.hexdigest()

@@ -34,6 +34,7 @@ from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.fuse import Fuse
 from dlbc.passes.fuse_attention import FuseAttention
+from dlbc.passes.group_experts import GroupExperts
 from dlbc.passes.guard_denominators import GuardDenominators
 from dlbc.passes.hoist_constants import HoistConstants
 from dlbc.passes.inline import Inline
@@ -41,12 +42,14 @@ from dlbc.passes.lower import Lower
 from dlbc.passes.outline import Outline
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
+from dlbc.passes.record_experts import RecordExperts, mixtures_of
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions, sequence_output
 from dlbc.passes.sink_slices import SinkSlices
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc.passes.stream_attention import StreamAttention
 from dlbc_runtime.arrays import Json
+from dlbc_runtime.expert_layer import ExpertSpec
 from dlbc_runtime.explainer import Explainer, Recompile
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
 from dlbc_runtime.signature import InputSpec, OutputSpec
@@ -120,7 +123,8 @@ def explainer_of(source: Source, options: Options, default: Variant, weights: Ma
 def build_program(source: Source, options: Options, variant: Variant) -> Program:
     """One variant, from the canonical graph to the generated module."""
     composite = options.composite.fitted(source.canonical, variant.output)
-    graph = run(source.canonical, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
+    graph = run(source.canonical, () if variant.ledger or options.reference is not None else (RecordExperts(),))
+    graph = run(graph, () if variant.all_positions else (SinkPositions(variant.output), EliminateDead()))
     # Inner values that are asked for, and those that are compared with a reference's, stay whole.
     narrow = variant.keep == "inputs" and options.reference is None
     graph = run(graph, (SinkSlices(), EliminateDead()) if narrow else ())
@@ -165,7 +169,8 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
 def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tuple[Pass, ...]:
     """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
     hoisted = HoistConstants(relevance=options.precompute != "never", few=options.precompute == "auto")
-    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(), hoisted,
+    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(),
+            GroupExperts(whole_weights=options.precompute == "always"), EliminateCommon(), hoisted,
             EliminateDead(), StreamAttention(),
             *(() if options.backend == "triton" else (GuardDenominators(),)),  # kernels guard in registers
             *((Checkpoint(),) if checkpoint else ()), Outline())
@@ -192,7 +197,15 @@ def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: 
         rules=tuple(RuleRow(op.place, op.name.removeprefix("rel."), str(op.rule))
                     for op in paired.relevance.ops if op.rule is not None),
         versions={"dlbc": __version__}, streams=2 if graph.attrs.get("streams") == 2 else 1,
+        experts=_experts(paired),
         bounds=() if graph.attrs.get("reference") else input_bounds(paired), **reference_rows(graph, source.inputs))
+
+
+def _experts(paired: Graph) -> tuple[ExpertSpec, ...]:
+    """The layers of experts whose relevance is returned."""
+    weights = {v.name: v.type for v in paired.forward.results}
+    return tuple(ExpertSpec(m.place, m.experts, bool(m.shared), int(str(weights[m.weights].shape[-1])))
+                 for m in mixtures_of(paired))
 
 
 def _causal(graph: Graph, paired: Graph, output: str) -> str:

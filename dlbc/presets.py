@@ -38,7 +38,8 @@ _RELEVANCE: Entries = (
     *_SHARED, ("activation", "pass"), ("quotient", "numerator_relevance"), ("product", "uniform"),
     ("gate", "uniform"), ("norm", "identity"), ("probabilities", "pass"), ("recurrent", "absolute"))
 _CONSERVING: Entries = (
-    *_MULTIPLIER, ("attention", "cp"), ("matmul", "signal"), ("gate", "signal"), ("einsum", "signal"))
+    *_MULTIPLIER, ("attention", "cp"), ("matmul", "signal"), ("gate", "signal"), ("einsum", "signal"),
+    ("mixture", "signal"))
 
 
 RANGES = {"relu": "low=0", "sigmoid": "low=-4,high=4", "tanh": "low=-2,high=2", "gelu": "low=-6", "silu": "low=-6"}
@@ -69,10 +70,10 @@ PRESETS: dict[str, Preset] = {
     "auto-encoder": Preset((), plan="auto-encoder"),
     "auto-vit": Preset((), plan="auto-vit"),
     "attnlrp": Preset((*_MULTIPLIER, ("attention", "attnlrp"), ("matmul", "half"), ("einsum", "half"),
-                       ("gate", "half"))),
+                       ("gate", "half"), ("mixture", "half"))),
     "attnlrp-conserving": Preset((("layer & after(gate)", "gamma(0.05)"), *_MULTIPLIER,
                                   ("attention", "attnlrp_conserving"), ("matmul", "half"), ("einsum", "half"),
-                                  ("gate", "half"))),
+                                  ("gate", "half"), ("mixture", "half"))),
     "cp-lrp": Preset(_CONSERVING),
     "epsilon": Preset(_CONSERVING),
     "epsilon-plus": Preset((("convolution", "zplus"), *_CONSERVING)),
@@ -81,21 +82,22 @@ PRESETS: dict[str, Preset] = {
     "gamma": Preset(_CONSERVING, options=_gamma),
     "alpha2-beta1": Preset((("convolution", "alpha_beta(2,1)"), *_CONSERVING)),
     "dlb": Preset((*_RELEVANCE, ("rotary", "energy"), ("linear_map", "absolute"), ("sum_of_terms", "absolute"),
-                   ("attention", "dlb"), ("matmul", "share"), ("einsum", "share")),
+                   ("attention", "dlb"), ("matmul", "share"), ("einsum", "share"), ("mixture", "absolute")),
                   options=_activation_aware("absolute")),
     "dlb-contrastive": Preset((
         *(entry for entry in _RELEVANCE if entry[0] != "gate"), ("gate", "signal_relevance"),
-        ("linear_map", "contrastive"), ("sum_of_terms", "contrastive"), ("attention", "contrastive"),
-        ("matmul", "contrastive_product"), ("einsum", "contrastive_product")),
+        ("linear_map", "contrastive"), ("sum_of_terms", "contrastive"), ("mixture", "contrastive"),
+        ("attention", "contrastive"), ("matmul", "contrastive_product"), ("einsum", "contrastive_product")),
         options=_activation_aware("contrastive")),
     "dlb-0.1": Preset((*_RELEVANCE, ("linear_map", "absolute_0_1"), ("sum_of_terms", "equal"),
                        ("sum_of_terms", "absolute"), ("attention", "dlb_0_1"), ("matmul", "share"),
-                       ("einsum", "share"))),
+                       ("einsum", "share"), ("mixture", "equal"))),
     "input-x-gradient": Preset((
         *_SHARED, ("linear_map", "gradient"), ("sum_of_terms", "gradient"), ("activation", "gradient"),
         ("quotient", "gradient"), ("product", "gradient"), ("gate", "gradient"), ("norm", "gradient"),
         ("probabilities", "taylor"), ("attention", "gradient"), ("matmul", "product_gradient"),
-        ("einsum", "product_gradient"), ("reduction", "gradient"), ("recurrent", "gradient")), seed="M"),
+        ("einsum", "product_gradient"), ("reduction", "gradient"), ("recurrent", "gradient"), ("mixture", "gradient")),
+        seed="M"),
 }
 
 

@@ -27,6 +27,7 @@ from dlbc.ir.ops import OPS
 from dlbc.passes.carriers import carriers, data_operands
 from dlbc.passes.outputs import explained_output
 from dlbc.passes.rules.activations import STEPS, UNARY
+from dlbc.passes.rules.experts import MIXTURES
 from dlbc.passes.rules.linear import CONVS, LINEAR, TRANSPOSED
 from dlbc.passes.rules.moves import MOVES
 from dlbc.passes.rules.norms import NORMS
@@ -36,10 +37,10 @@ from dlbc.passes.rules.sums import ADDED, SUMS
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "linear_map": LINEAR, "convolution": (*CONVS, *TRANSPOSED), "sum_of_terms": (*SUMS, *ADDED), "product": ("mul",),
-    "layer": ("linear", "linear_rows", "matmul", "einsum", *CONVS, *TRANSPOSED),
+    "layer": ("linear", "linear_rows", "expert_linear", "grouped_linear", "matmul", "einsum", *CONVS, *TRANSPOSED),
     "quotient": ("div",), "gate": ("glu",), "activation": (*UNARY, *STEPS), "norm": NORMS,
     "selection": SELECTIONS, "move": MOVES, "probabilities": ("softmax", "log_softmax"),
-    "reduction": ("var", "logsumexp", "prod"), "recurrent": RECURRENT,
+    "reduction": ("var", "logsumexp", "prod"), "recurrent": RECURRENT, "mixture": MIXTURES,
     "pooling": ("avg_pool", "adaptive_avg_pool", "max_pool", "adaptive_max_pool"),
 }
 """Names for several op kinds at once."""

@@ -9,7 +9,7 @@ from dlbc.presets import PRESETS, find
 PAGE = Path(__file__).parent / "rules.md"
 BEGIN, END = "<!-- presets: begin (python docs/generate_presets.py) -->", "<!-- presets: end -->"
 COLUMNS = ("linear_map", "sum_of_terms", "activation", "quotient", "product", "norm", "probabilities", "attention",
-           "matmul", "einsum", "gate", "recurrent", "reduction")
+           "matmul", "einsum", "gate", "recurrent", "mixture", "reduction")
 SHARED = {"move": ["move"], "selection": ["select"], "embedding": ["sum"]}
 
 

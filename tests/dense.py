@@ -209,7 +209,7 @@ def flat(s: Site, r: Array) -> Array:
     elif s.name == "batch_norm":
         weights = (s.matrix(0) != 0).astype(float)
     else:
-        factors = {"rotary": (1, 2)}.get(s.name, [i for i in range(len(s.x)) if i != s.only and np.ndim(s.x[i]) > 1])
+        factors = {"rotary": (1, 2), "expert_linear": (2,), "grouped_linear": (2,)}.get(s.name, [i for i in range(len(s.x)) if i != s.only and np.ndim(s.x[i]) > 1])
         ones = Site(**{**s.__dict__, "x": [np.ones_like(o) if i in factors else o for i, o in enumerate(s.x)]})
         weights = np.abs(ones.matrix(s.only))
     return _through(weights, over(r, _summed(weights, s)))
@@ -309,7 +309,8 @@ def quotient_gradient(s: Site, r: Array) -> list[Any]:
 
 GATES: dict[str, Callable[[Array], Array]] = {
     "silu": REFERENCE["silu"], "gelu": REFERENCE["gelu"],
-    "gelu_tanh": lambda x: REFERENCE["gelu"](x, approximate="tanh"), "relu": lambda x: np.maximum(x, 0),
+    "gelu_tanh": lambda x: REFERENCE["gelu"](x, approximate="tanh"),
+    "gelu_quick": lambda x: REFERENCE["gelu"](x, approximate="quick"), "relu": lambda x: np.maximum(x, 0),
     "sigmoid": REFERENCE["sigmoid"], "tanh": np.tanh}
 
 
@@ -456,8 +457,8 @@ def move(s: Site, r: Array) -> list[Any]:
         numbers.append((start + np.arange(size)).reshape(np.shape(operand)) if carries
                        else np.zeros(np.shape(operand)) if is_data else operand)
         start += size
-    if s.name in ("topk", "sort"):
-        source = np.take_along_axis(numbers[0], s.results[1], axis=s.attrs["dim"])
+    if s.name in ("topk", "sort", "route_topk"):
+        source = np.take_along_axis(numbers[0], s.results[1], axis=s.attrs.get("dim", -1))
     else:
         for i in {"scatter": (0, 2), "index_put": (0, 1)}.get(s.name, ()):
             numbers[i] = numbers[i] if s.carried[i] else np.zeros(np.shape(s.x[i]))
@@ -519,6 +520,7 @@ def _scores(s: Site) -> tuple[Array, Array, Array]:
     raw, p = np.zeros((2, batch, heads, queries, keys))
     slopes = np.ones((2, batch, heads, queries, keys))
     cap, window = s.attrs["softcap"], s.attrs["window"]
+    sinks = s.x[4] if len(s.x) > 4 else np.full(heads, -np.inf)
     for b, h, i in np.ndindex(batch, heads, queries):
         weights = np.zeros(keys)
         for j in range(keys):
@@ -533,7 +535,7 @@ def _scores(s: Site) -> tuple[Array, Array, Array]:
             elif mask is not None:
                 score += mask[b, h, i, j]
             weights[j] = math.exp(score) if seen else 0.0
-        p[b, h, i] = weights / weights.sum() if weights.any() else 0.0
+        p[b, h, i] = weights / (weights.sum() + math.exp(sinks[h])) if weights.any() else 0.0
     return raw, p, slopes
 
 
@@ -647,6 +649,54 @@ def dlb_0_1(s: Site, r: Array) -> list[Any]:
     return [to_q, to_k, to_v, *(None,) * (len(s.x) - 3)]
 
 
+# --- mixtures of experts -----------------------------------------------------------------------------
+
+def _mixed(s: Site, share: Callable[[Array, tuple[Any, ...]], Array]) -> Array:
+    """What each product w_k u_kd gets, [..., *rows, K, D]: `share` says it of the products of one number of y."""
+    u, w = s.x
+    found = None
+    for *row, d in np.ndindex(*s.y.shape):
+        z = np.array([w[(*row, k)] * u[(*row, k, d)] for k in range(u.shape[-2])])
+        parts = share(z, (*row, d))
+        found = np.zeros((*parts.shape[:-1], *u.shape)) if found is None else found
+        found[(..., *row, slice(None), d)] = parts
+    assert found is not None
+    return found
+
+
+def _to_experts(s: Site, products: Array) -> list[Any]:
+    """All to the experts; to their weights where experts carry none."""
+    return [products, None] if s.carried[0] else [None, products.sum(axis=-1)]
+
+
+def mixture_half(s: Site, r: Array, part: float = 0.0) -> list[Any]:
+    m = _stabilised(s, r)
+    products = (part or 1 / sum(s.carried)) * _mixed(s, lambda z, at: z * m[at])
+    return _each(s, lambda i: products.sum(axis=-1) if i else products)
+
+
+def mixture_gradient(s: Site, r: Array) -> list[Any]:
+    return mixture_half(s, r, part=1.0)
+
+
+def mixture_signal(s: Site, r: Array) -> list[Any]:
+    m = _stabilised(s, r)
+    return _to_experts(s, _mixed(s, lambda z, at: z * m[at]))
+
+
+def mixture_absolute(s: Site, r: Array) -> list[Any]:
+    return _to_experts(s, _mixed(s, lambda z, at: over(np.abs(z) * r[at], np.abs(z).sum())))
+
+
+def mixture_equal(s: Site, r: Array) -> list[Any]:
+    return _to_experts(s, _mixed(s, lambda z, at: np.full(z.shape, r[at] / len(z))))
+
+
+def mixture_contrastive(s: Site, r: Array) -> list[Any]:
+    return _to_experts(s, _mixed(s, lambda z, at: _sided(
+        r[(slice(None), *at)], np.maximum(z, 0), np.maximum(-z, 0), np.zeros(1))))
+
+
 # --- contrastive: rows [0, S/2) of r are R+, the others their R- ---------------------------------------
 
 def _sided(r: Array, up: Array, down: Array, constants: Array) -> Array:
@@ -736,7 +786,7 @@ def contrastive_attention(s: Site, r: Array) -> list[Any]:
 
 _KINDS: dict[str, str] = {
     "linear": "linear linear_rows conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul "
-    "einsum avg_pool adaptive_avg_pool interpolate mean sum cumsum rotary batch_norm",
+    "einsum avg_pool adaptive_avg_pool interpolate mean sum cumsum rotary batch_norm expert_linear grouped_linear",
     "sum": "add sub scatter_add",
     "mul": "mul",
     "div": "div",
@@ -751,12 +801,14 @@ _KINDS: dict[str, str] = {
     "pool": "max_pool adaptive_max_pool",
     "reduce": "amax amin max_with_index min_with_index",
     "index_put": "index_put",
-    "move": "reshape permute expand slice select cat pad flip roll triangle gather take index scatter cast topk sort",
+    "move": "reshape permute expand slice select cat pad flip roll triangle gather take index scatter cast topk sort "
+    "route_topk",
     "unary": "exp expm1 log log1p sqrt rsqrt reciprocal sin cos tan tanh atan erf sigmoid log_sigmoid silu mish "
     "hardswish hardsigmoid softsign neg abs relu negative_part gelu softplus elu leaky_relu prelu pow floor ceil round "
     "sign",
     "reduction": "var logsumexp prod",
     "recurrent": "lstm gru rnn",
+    "mixture": "combine",
 }
 FAMILY = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
@@ -780,6 +832,9 @@ FORMULAS: dict[tuple[str, str], Callable[[Site, Array], Any]] = {
     ("linear", "contrastive"): contrastive_linear, ("linear", "contrastive_product"): contrastive_linear,
     ("sum", "contrastive"): contrastive_sum, ("index_put", "contrastive"): contrastive_sum,
     ("attention", "contrastive"): contrastive_attention,
+    ("mixture", "half"): mixture_half, ("mixture", "gradient"): mixture_gradient,
+    ("mixture", "signal"): mixture_signal, ("mixture", "absolute"): mixture_absolute,
+    ("mixture", "equal"): mixture_equal, ("mixture", "contrastive"): mixture_contrastive,
     ("unary", "identity"): identity, ("unary", "pass"): passed, ("unary", "gradient"): gradient,
     ("reduction", "gradient"): reduction_gradient,
     ("where", "select"): where, ("clamp", "select"): clamp, ("extremum", "select"): extremum,

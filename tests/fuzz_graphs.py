@@ -263,6 +263,23 @@ def _attention(m: Making, a: Value, b: Value) -> Value:
     return merged(m, at.where(seen, at.matmul(at.softmax(scores, dim=-1), v), 0.0))
 
 
+def _sunk(m: Making, a: Value, b: Value) -> Value:
+    """Attention in which each head has one more score, by hand or as one op."""
+    at, t = m.at, length(a)
+    q, k, v = (split(m, at.linear(x, m.weight(D, D))) for x in (a, b, b))
+    mask, sinks = _mask(m, a) if m.rng.integers(2) else None, m.weight(2)
+    if m.rng.integers(2):
+        return merged(m, at.attention(q, k, v, mask, sinks, scale=0.7))
+    scores = at.mul(at.matmul(q, at.permute(k, dims=(0, 1, 3, 2))), 0.7)
+    scores = scores if mask is None else at.where(mask, scores, -1e30)
+    column = at.expand(at.reshape(sinks, shape=(1, 2, 1, 1)), shape=(B, 2, t, 1))
+    front = int(m.rng.integers(2))
+    both = at.cat(*((column, scores) if front else (scores, column)), dim=-1)
+    both = _any_of(m, lambda: both, lambda: at.sub(both, at.amax(both, dims=(-1,), keepdim=True)))
+    weights = at.slice_(at.softmax(both, dim=-1), dim=-1, start=front, stop=t + front)
+    return merged(m, at.matmul(weights, v))
+
+
 def _mixed(m: Making, a: Value, b: Value) -> Value:
     """Products of two values that both carry relevance."""
     at = m.at
@@ -304,7 +321,7 @@ def _place(m: Making, a: Value, b: Value) -> Value:
 
 MORE_SEQUENCE: dict[str, Step] = {
     **_everywhere(), "shared": _shared, "layer norm by hand": _layer_norm, "rms norm by hand": _rms_norm,
-    "rotary by hand": _rotary, "masked": _attention, "attends": _attention, "mixed": _mixed, "recurrent": _recurrent,
+    "rotary by hand": _rotary, "masked": _attention, "attends": _attention, "sunk": _sunk, "mixed": _mixed, "recurrent": _recurrent,
     "place": _place, "layers": _layers,
     "log softmax": lambda m, a, b: m.at.log_softmax(a, dim=-1),
     "scores": lambda m, a, b: m.at.div(m.at.exp(a), m.at.sum(m.at.exp(a), dims=(-1,), keepdim=True)),

@@ -83,6 +83,12 @@ def _attention(m: Making, a: Value, b: Value) -> Value:
     return merged(m, m.at.attention(q, k, v, scale=0.7, causal=bool(m.rng.integers(2))))
 
 
+def _sunk(m: Making, a: Value, b: Value) -> Value:
+    """Attention in which each head has a score that no key has."""
+    q, k, v = (split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
+    return merged(m, m.at.attention(q, k, v, None, m.weight(2), scale=0.7, causal=bool(m.rng.integers(2))))
+
+
 def _turned(m: Making, a: Value, b: Value) -> Value:
     """Attention with rotary positions on all channels, or on some of them."""
     q, k, v = (split(m, m.at.linear(x, m.weight(D, D))) for x in (a, b, b))
@@ -145,6 +151,7 @@ SEQUENCE: dict[str, Step] = {
     "sum": lambda m, a, b: m.at.add(a, m.at.sum(b, dims=(-2,), keepdim=True)),
     "cumsum": lambda m, a, b: m.at.cumsum(a, dim=-2),
     "attention": _attention,
+    "sunk": _sunk,
     "turned": _turned,
     "written out": _written_out,
 }

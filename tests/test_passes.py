@@ -35,7 +35,7 @@ from dlbc.passes.pipeline import CANONICALISE
 from tests import zoo
 
 FOLDER = Path(__file__).parent / "filecheck" / "passes"
-OWN = [*sorted({p.name for p in CANONICALISE} - {"eliminate_dead"}), "simplify"]
+OWN = [*sorted({p.name for p in CANONICALISE} - {"eliminate_dead"}), "simplify", "group_experts"]
 SIZES = ({"B": 3, "T": 5, "U": 7, "S": 2}, {"B": 1, "T": 4, "U": 2, "S": 1})
 TOLERANCE = 1e-10
 

@@ -252,6 +252,72 @@ for _keepdim in (False, True):
     case("min_with_index", rand(3, 4, 2), dim=-2, keepdim=_keepdim, expected=lambda x, k=_keepdim: x.min(
         -2, keepdim=k))
 
+# --- mixtures of experts -----------------------------------------------------------------------------
+
+def by_expert(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """Rows by their experts as one einsum over copied weights."""
+    kind = torch.promote_types(x.dtype, weight.dtype)
+    own = weight[ids].to(kind)
+    own = own.transpose(-1, -2) if transposed else own
+    x = x.expand(*x.shape[:-2], ids.shape[-1], x.shape[-1]).to(kind)
+    y = torch.matmul(own, x.unsqueeze(-1)).squeeze(-1)
+    return y if bias is None else y + bias[ids].to(kind)
+
+
+def in_groups(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False,
+              part: str = "") -> Tensor:
+    """The same on sorted rows, their ids told by where experts end."""
+    ids = torch.searchsorted(ends, torch.arange(x.shape[-2]), right=True)
+    own = {"": lambda w: w, "abs": torch.abs, "positive": lambda w: w.clamp(min=0),
+           "negative": lambda w: -w.clamp(max=0)}[part](weight)
+    return by_expert(x, ids, own, bias, transposed=transposed)
+
+
+def routed(scores: Tensor, choice: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
+    ids = (scores if choice is None else choice).argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return scores.gather(-1, ids), ids
+
+
+def ordered(ids: Tensor, *, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.tensor(sorted(range(ids.numel()), key=lambda i: (int(ids.reshape(-1)[i]), i)))
+    counts = torch.tensor([int((ids == e).sum()) for e in range(experts)])
+    return order, order.argsort(), counts.cumsum(0)
+
+
+for _k in (1, 2, 5):
+    case("route_topk", rand(2, 3, 5), k=_k, expected=partial(routed, k=_k))
+case("route_topk", rand(4, 5).half(), k=3, expected=partial(routed, k=3))
+case("route_topk", rand(2, 3, 5), rand(2, 3, 5), k=2, expected=partial(routed, k=2))
+TWICE_AN_EXPERT = torch.tensor([[2, 0], [2, 2], [0, 2]])  # of four: one row goes to one expert twice, two have no rows
+for _ids in (TWICE_AN_EXPERT, below(4, 2, 3, 2), below(4, 5, 1)):
+    case("expert_order", _ids, experts=4, expected=partial(ordered, experts=4))
+    for _rows in {1, _ids.shape[-1]}:
+        _lead, _weight = (*_ids.shape[:-1], _rows), rand(4, 6, 3)
+        case("expert_linear", rand(*_lead, 3), _ids, _weight, expected=by_expert)
+        case("expert_linear", rand(*_lead, 3), _ids, _weight, rand(4, 6), expected=by_expert)
+        case("expert_linear", rand(2, *_lead, 6), _ids, _weight, rand(4, 3), transposed=True,
+             expected=partial(by_expert, transposed=True))
+        for _dtype in (torch.float16, torch.bfloat16):
+            case("expert_linear", rand(*_lead, 3, dtype=_dtype), _ids, _weight.to(_dtype), rand(4, 6, dtype=_dtype),
+                 expected=by_expert)
+            case("expert_linear", rand(3, *_lead, 3), _ids, _weight.to(_dtype), expected=by_expert)  # relevance
+for _ends in (torch.tensor([3, 3, 7, 7]), torch.tensor([0, 0, 0, 7]), torch.tensor([1, 4, 5, 7])):
+    for _part in ("", "abs", "positive", "negative"):
+        case("grouped_linear", rand(7, 3), _ends, rand(4, 6, 3), rand(4, 6), part=_part,
+             expected=partial(in_groups, part=_part))
+        case("grouped_linear", rand(2, 7, 6), _ends, rand(4, 6, 3), transposed=True, part=_part,
+             expected=partial(in_groups, part=_part, transposed=True))
+        for _dtype in (torch.float16, torch.bfloat16):
+            case("grouped_linear", rand(7, 3, dtype=_dtype), _ends, rand(4, 6, 3, dtype=_dtype), part=_part,
+                 expected=partial(in_groups, part=_part))
+            case("grouped_linear", rand(2, 7, 3), _ends, rand(4, 6, 3, dtype=_dtype), part=_part,
+                 expected=partial(in_groups, part=_part))
+for _shape in ((2, 3, 2, 4), (5, 1, 4), (3, 4)):
+    for _dtype in (torch.float32, torch.float16, torch.bfloat16):
+        case("combine", rand(*_shape, dtype=_dtype), rand(*_shape[:-1], dtype=_dtype),
+             expected=lambda u, w: torch.einsum("...kd,...k->...d", u, w))
+case("combine", rand(2, 3, 4).half(), rand(2, 3), expected=lambda u, w: torch.einsum("...kd,...k->...d", u.to(w), w))
+
 # --- recurrent layers --------------------------------------------------------------------------------
 
 def torch_recurrent(kind: str, reverse: bool = False) -> Callable[..., Any]:
@@ -629,6 +695,14 @@ adjoint("index", BLOCK, ROWS := below(3, 5, 1), COLUMNS := below(4, 3), of={"dim
         dims=(2, 3), sizes=(3, 4), back=lambda r, x, y: (r, ROWS, COLUMNS))
 adjoint("gather", BLOCK, PICKED := below(3, 2, 5, 4), of={"dim": 1}, by="scatter_add", dim=2,
         back=lambda r, x, y: (r.new_zeros(3, *x.shape), PICKED.expand(3, -1, -1, -1), r))
+for _transposed in (False, True):
+    _sizes, _matrices = (6, 3) if _transposed else (3, 6), rand(4, 6, 3)
+    adjoint("expert_linear", rand(3, 2, _sizes[0]), TWICE_AN_EXPERT, _matrices.double(), of={"transposed": _transposed},
+            by="expert_linear", transposed=not _transposed,
+            back=lambda r, x, y, w=_matrices: (r, TWICE_AN_EXPERT, w.double()))
+    adjoint("grouped_linear", rand(6, _sizes[0]), ENDS := torch.tensor([2, 2, 6, 6]), _matrices.double(),
+            of={"transposed": _transposed, "part": "negative"}, by="grouped_linear", transposed=not _transposed,
+            part="negative", back=lambda r, x, y, w=_matrices: (r, ENDS, w.double()))
 adjoint("pad", BLOCK, of={"pads": ((0, 0), (1, 2), (-1, 2))}, by="pad",
         pads=((0, 0), (0, 0), (-1, -2), (1, -2)))
 

@@ -186,7 +186,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "attention_with_a_bias": (lambda x: F.scaled_dot_product_attention(
         x.reshape(-1, 2, 2, 4), 2 * x.reshape(-1, 2, 2, 4), x.reshape(-1, 2, 2, 4),
         attn_mask=torch.tensor([[0.5, float("-inf")], [-1.0, 2.0]])).flatten(1), 16),
+    "attention_with_sinks": (lambda x: _sunk(x.reshape(-1, 2, 2, 4), torch.tensor([0.7, -1.2])).flatten(1), 16),
 }
+
+
+def _sunk(x: Tensor, sinks: Tensor) -> Tensor:
+    """Attention with one more score per head, of value 0."""
+    scores = torch.cat([2 * x @ x.mT, sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[2], -1)], -1)
+    return torch.softmax(scores, -1)[..., :-1] @ (x + 0.2)
 
 
 @functools.cache

@@ -294,6 +294,10 @@ def _attention() -> Iterator[Case]:
     yield case("attention", *qkv(), np.tril(np.ones((3, 3), bool), -1), scale=0.7, carried=whole)  # row 0 sees nothing
     yield case("attention", *qkv(), normal(1, 2, 1, 3), scale=0.7, carried=whole)
     yield case("attention", *qkv(4, 2), scale=1.3, softcap=1.5, carried=whole)
+    yield case("attention", *qkv(), None, normal(2), scale=0.7, carried=whole)
+    yield case("attention", *qkv(4, 2), np.tril(np.ones((3, 3), bool), -1), normal(4), scale=0.7, window=2,
+               carried=whole)  # row 0 sees the sink alone
+    yield case("attention", *qkv(4, 2), normal(1, 4, 1, 3), normal(4), scale=1.3, softcap=1.5, carried=whole)
     yield case("attention", *qkv(), scale=0.7, carried=(1, 2))
     yield case("attention", *qkv(), scale=0.7, carried=(2,))
 
@@ -319,8 +323,31 @@ def _recurrent() -> Iterator[Case]:
     yield case("rnn", np.zeros((3, 1, 2)), np.zeros((1, 2)), normal(2, 2), normal(2, 2), activation="relu")
 
 
+def _mixtures() -> Iterator[Case]:
+    """Experts without rows, one expert twice in a row, a row of zeros; the same x for all experts (1) and their own."""
+    twice, once = np.array([[2, 0], [2, 2]]), np.array([[3], [1], [3]])
+    for ids in (twice, once, rng.integers(0, 4, (2, 2, 2))):
+        for rows in sorted({1, ids.shape[-1]}):
+            x = normal(*ids.shape[:-1], rows, 3)
+            yield case("expert_linear", x, ids, normal(4, 2, 3), normal(4, 2))
+            yield case("expert_linear", np.abs(x), ids, normal(4, 3, 2), transposed=True)
+    yield case("expert_linear", np.zeros((2, 1, 3)), twice, normal(4, 2, 3), normal(4, 2))
+    for ends in ([2, 2, 4, 4], [0, 0, 0, 3], [3, 3, 3, 3]):
+        rows = ends[-1]
+        yield case("grouped_linear", normal(rows, 3), np.array(ends), normal(4, 2, 3), normal(4, 2))
+        yield case("grouped_linear", normal(2, rows, 3), np.array(ends), normal(4, 3, 2), transposed=True)
+    for shape in ((2, 3, 2), (1, 2, 1, 3), (2, 2, 3, 2)):
+        yield from both("combine", normal(*shape), normal(*shape[:-1]))
+        yield from both("combine", np.abs(normal(*shape)), positive(*shape[:-1]))
+    yield case("combine", np.zeros((2, 2, 3)), positive(2, 2))
+    yield case("route_topk", normal(2, 3, 4), k=2)
+    yield case("route_topk", normal(3, 4), k=1)
+    yield case("route_topk", normal(2, 4), normal(2, 4), k=3)
+    yield case("route_topk", normal(2, 2), k=2)
+
+
 CASES: dict[str, list[Case]] = {}
-for _cases in (_linear_maps, _elementwise, _selections, _moves, _norms, _attention, _recurrent):
+for _cases in (_mixtures, _linear_maps, _elementwise, _selections, _moves, _norms, _attention, _recurrent):
     for _case in _cases():
         CASES.setdefault(_case.op, []).append(_case)
 load_rules()

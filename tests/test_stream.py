@@ -39,17 +39,19 @@ Given: TypeAlias = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 # --- graphs of one attention, and running them -------------------------------------------------------------
 
 
-def attention(*, heads: int = 4, groups: int = 2, mask: str = "", rows: Dim = T, keys: Dim = U, **attrs: Any) -> Graph:
+def attention(*, heads: int = 4, groups: int = 2, mask: str = "", rows: Dim = T, keys: Dim = U, sinks: bool = False,
+              **attrs: Any) -> Graph:
     """q, k, v of their own from an input each, so that relevance of all three is seen."""
     q, k, v = (Value(n, Type("f32", (B, h, t, 3))) for n, h, t in
                (("q", heads, rows), ("k", groups, keys), ("v", groups, keys)))
     masks = {"": [], "keys": [Value("seen", Type("bool", (B, 1, 1, keys)))],
              "bool": [Value("seen", Type("bool", (B, 1, rows, keys)))],
              "additive": [Value("bias", Type("f32", (B, 1, rows, keys)))]}[mask]
-    at = Builder(("q", "k", "v", "seen", "bias"))
-    y = at.attention(q, k, v, *masks, scale=0.7, result="y", **attrs)
-    names = [p.name for p in (q, k, v, *masks)]
-    return Graph("one", Section((q, k, v, *masks), tuple(at.ops), (y,)), {n: (1, 64) for n in "BTU"},
+    sunk = [Value("sinks", Type("f32", (heads,)))] if sinks else []
+    at = Builder(("q", "k", "v", "seen", "bias", "sinks"))
+    y = at.attention(q, k, v, *(masks or [None]), *sunk, scale=0.7, result="y", **attrs)
+    names = [p.name for p in (q, k, v, *masks, *sunk)]
+    return Graph("one", Section((q, k, v, *masks, *sunk), tuple(at.ops), (y,)), {n: (1, 64) for n in "BTU"},
                  attrs={"inputs": tuple(names), "outputs": ("y",), "explain": ("q", "k", "v")})
 
 
@@ -114,7 +116,10 @@ CASES: dict[str, dict[str, Any]] = {
     "window": {"causal": True, "window": 2, "keys": T}, "heads": {"groups": 4, "mask": "bool"},
     "padding": {"mask": "keys", "causal": True}, "additive": {"mask": "additive"},
     "additive_causal": {"mask": "additive", "causal": True, "groups": 4},
-    "softcap": {"softcap": 1.5, "causal": True, "keys": T}, "one_group": {"groups": 1, "window": 3, "causal": True}}
+    "softcap": {"softcap": 1.5, "causal": True, "keys": T}, "one_group": {"groups": 1, "window": 3, "causal": True},
+    "sinks": {"sinks": True, "causal": True, "keys": T}, "all_sinks": {"sinks": True, "heads": 2},
+    "window_sinks": {"sinks": True, "causal": True, "window": 2, "mask": "keys", "groups": 4},
+    "softcap_sinks": {"sinks": True, "mask": "additive", "softcap": 1.5}}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -137,7 +142,7 @@ def test_blocks_compute_what_the_whole_computes(case: str, rule: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", ["self_causal", "window", "softcap", "padding", "additive"])
+@pytest.mark.parametrize("case", ["self_causal", "window", "softcap", "padding", "additive", "sinks", "window_sinks"])
 def test_generated_code(case: str, rule: str, backend: str) -> None:
     """Blocks of one row, of some, of all rows, against the float64 interpreter of the graph without streams."""
     graph = attention(**CASES[case])

@@ -174,6 +174,8 @@ RUNS = [
     asked("softcap", "gradient"), asked("additive", "attnlrp", (1, 9, 70, 1)),
     asked("self_causal", "attnlrp", (1, 140, 140, 1), width=20),
     asked("heads", "attnlrp", (1, 20, 37, 3), seeds=2), asked("self_causal", "dlb", (1, 37, 37, 3), seeds=2),
+    asked("sinks", "attnlrp", (1, 37, 37, 3), seeds=2), asked("window_sinks", "attnlrp", (2, 37, 20, 1)),
+    asked("sinks", "dlb", dtype="f16", width=8),
     asked("plain", "dlb", dtype="f16", width=20), asked("heads", "attnlrp", dtype="f16", width=8),
     asked("reductions", sizes=(2, 37, 21, 3)), asked("reductions", sizes=(1, 9, 41, 3), seeds=2),
 ]
@@ -201,12 +203,13 @@ def test_kernels_compute_what_the_interpreter_does(number: int, differences: lis
 
 # --- what compilers make of them ---------------------------------------------------------------------
 
-def launches(rule: str, target: str, dtype: str, width: int, *, precision: str = "ieee") -> list[Any]:
+def launches(rule: str, target: str, dtype: str, width: int, *, precision: str = "ieee",
+             case: str = "self_causal") -> list[Any]:
     """What a GPU would be given: each distinct launch, for two groups of heads, on tensors without memory."""
     from dlbc_runtime.triton_compile import distinct
     from dlbc_runtime.triton_launch import recording
 
-    graph = graph_of(asked("self_causal", rule, dtype=dtype, width=width))
+    graph = graph_of(asked(case, rule, dtype=dtype, width=width))
     fused = run(graph, [FuseAttention(forward=True)]).with_attrs(target=f"triton:{target}", precision=precision)
     module = load_module(emit(fused), "attention")
     sizes = {"B": 2, "T": 512, "S": 2}
@@ -234,6 +237,13 @@ def test_compiled(target: str, rule: str, dtype: str, width: int) -> None:
     assert len(found) >= 3  # forward, rows, keys
     for one in found:
         hold(one, target)
+
+
+def test_sinks_compiled() -> None:
+    """GPT-OSS's heads: the sinks are no more than one number that a program reads."""
+    pytest.importorskip("triton")
+    for one in launches("attnlrp", "sm_90", "bf16", 64, case="sinks"):
+        hold(one, "sm_90")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

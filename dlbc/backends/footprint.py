@@ -318,14 +318,25 @@ def _elements(op: Op, bytes: int) -> Dim:
     return product(op.result.type.shape) * bytes
 
 
+def _sunk(op: Op) -> Dim:
+    """Queries, keys, values and result with the channels and the key of a sink."""
+    q, k, v = (o.type for o in op.operands[:3] if isinstance(o, Value | Weight))
+    if len(op.operands) < 5 or not isinstance(q.shape[-1], int) or not isinstance(v.shape[-1], int):
+        return 0
+    width = -(-(max(q.shape[-1], v.shape[-1]) + 2) // 8) * 8 * BYTES[op.result.type.dtype]
+    rows = product((*q.shape[:2], q.shape[2] + 1)) + product((*k.shape[:2], k.shape[2] + 1))
+    return rows * (2 * width)
+
+
 def _attended(op: Op) -> Dim:
     """Scores beside their softmax, and the mask as numbers."""
-    return _results(op, 1) + (_operand(op, 2, 4) if len(op.operands) > 2 else 0)
+    return _results(op, 1) + _operand(op, 2, 4)
 
 
 _INSIDE: Mapping[str, Callable[[Op], Dim]] = {
     **dict.fromkeys(("glu", "gelu"), lambda op: _results(op, 1)),
     "rotary": lambda op: _results(op, 2),
+    "attention": _sunk,
     "attention_weights": _attended,
     "safe_div": lambda op: _operand(op, 1),
     "damp": lambda op: _operand(op, 1),

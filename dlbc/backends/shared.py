@@ -96,3 +96,27 @@ def _recurrence_adjoint(site: Site) -> str:
 RECURRENT: dict[str, Expression] = {
     **dict.fromkeys(("lstm", "gru", "rnn"), _recurrent), "recurrence_adjoint": _recurrence_adjoint}
 """Calls of the scans, which both kernels name alike."""
+
+
+def _expert_linear(site: Site) -> str:
+    return f"kernels.expert_linear({site.typed(0)}, {site.x(1)}, {', '.join(_typed_or_none(site, 2, 3))}, " \
+           f"{site.text('transposed')})"
+
+
+def _grouped_linear(site: Site) -> str:
+    return f"kernels.grouped_linear({site.typed(0)}, {site.x(1)}, {site.x(2)}, {site.x(3)}, " \
+           f"{site.text('transposed')}{site.options('part')})"
+
+
+def _typed_or_none(site: Site, *positions: int) -> list[str]:
+    return [site.typed(i) if site.has(i) else "None" for i in positions]
+
+
+def _route_topk(site: Site) -> str:
+    return f"kernels.route_topk({site.x(0)}, {site.x(1)}, {site.text('k')})"
+
+
+EXPERTS: dict[str, Expression] = {
+    "route_topk": _route_topk, "expert_linear": _expert_linear, "grouped_linear": _grouped_linear,
+    "expert_order": "kernels.expert_order({a}, {experts})", "combine": "kernels.combine({a:t}, {b:t})"}
+"""Calls of what mixtures of experts need, which both kernels name alike."""

@@ -13,6 +13,7 @@ from dlbc_runtime.work import WorkRow
 
 TEMPLATES = {
     "gemm": "a product with what is computed of its operands and results",
+    "grouped": "rows by the matrices of their experts, with what is computed of operands and results",
     "row": "whole rows in one pass over memory",
     "elementwise": "pointwise ops in one pass over memory",
     "attention": "attention without scores in memory",

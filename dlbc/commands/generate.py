@@ -87,7 +87,7 @@ class Generating:
 
 
 def generated(explainer: Explainer, loaded: TextModel, text: str, how: Generating, *, against: str | None, sinks: str,
-              memory_budget: int | None, top: int, files: tuple[Path | None, ...]) -> None:
+              memory_budget: int | None, top: int, files: tuple[Path | None, ...], experts: bool = False) -> None:
     """Generate, show, and write the files; what an interruption leaves is shown and written, too.
 
     `against`: the token to compare each with, or "alternative", the likeliest other.
@@ -110,7 +110,7 @@ def generated(explainer: Explainer, loaded: TextModel, text: str, how: Generatin
             raise
         found, stopped = problem.partial, True
     one = found[0] if isinstance(found, list) else found
-    _deliver(one, top, files)
+    _deliver(one, top, files, experts)
     if stopped:
         raise typer.Exit(130)
 
@@ -121,11 +121,15 @@ def _contrast(tokenizer: Any, against: str, text: str) -> int:
     return token_id(tokenizer, against, text, "--against")
 
 
-def _deliver(found: GenerationExplanation, top: int, files: tuple[Path | None, ...]) -> None:
+def _deliver(found: GenerationExplanation, top: int, files: tuple[Path | None, ...], experts: bool) -> None:
+    from dlbc.commands.experts import print_experts
     from dlbc_runtime.generated_terminal import render
 
     out = console()
     out.print(render(found, k=top))
+    if experts:
+        out.print()
+        print_experts(found.experts, out)
     for path in filter(None, files):
         out.print(f"wrote {found.save(path)}", markup=False, highlight=False, soft_wrap=True)
 

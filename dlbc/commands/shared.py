@@ -60,6 +60,7 @@ class Output:
     save: Path | None = None
     check: bool = False
     tolerance: float = 1e-4
+    experts: bool = False
 
     def check_names(self) -> None:
         """InputError, before any work, for a file that could not be written at the end."""
@@ -73,6 +74,7 @@ class Output:
 
     def deliver(self, explanation: Explanation) -> None:
         """Show the explanation, write its files, and with `check` fail when its ledger does not close."""
+        from dlbc.commands.experts import print_experts
         from dlbc_runtime.views.terminal import render
 
         out = console()
@@ -80,6 +82,8 @@ class Output:
             with working("checking conservation"):
                 explanation.conservation()
         out.print(render(explanation, listed=self.top))
+        if self.experts:
+            print_experts(explanation.experts, out)
         for path in filter(None, (self.html, self.png, self.save)):
             out.print(f"wrote {explanation.save(path)}", markup=False, highlight=False, soft_wrap=True)
         if self.check:

@@ -141,8 +141,24 @@ def div(at: Tracer, x: Operand, other: Operand, *, rounding_mode: str | None = N
     """`x / other`, rounded down or towards zero if asked."""
     if rounding_mode == "floor":
         return at.floor_divide(x, other)
+    if rounding_mode == "trunc" and not any(map(_is_real, (x, other))):
+        return _integers_divided(at, x, other)
     quotient = at.div(x, other)
     return quotient if rounding_mode is None else trunc(at, quotient)
+
+
+def _is_real(x: Operand) -> bool:
+    return type_of(x).floating if is_tensor(x) else isinstance(x, float)
+
+
+def _integers_divided(at: Tracer, x: Operand, other: Operand) -> Operand:
+    """The quotient of integers towards zero, exact however large they are."""
+    places = [op.results[-1] for op in at.ops if op.name in ("sort", "topk")]
+    if isinstance(other, int) and other > 0 and any(x == place for place in places):
+        return at.floor_divide(x, other)  # places are never negative
+    other = at.tensor(other, "i64")
+    size = at.floor_divide(at.abs(x), at.abs(other))
+    return at.where(at.ne(at.lt(x, 0), at.lt(other, 0)), at.neg(size), size)
 
 
 @aten("fmod")

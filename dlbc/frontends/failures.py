@@ -9,7 +9,8 @@ from pathlib import Path, PurePath
 
 import torch
 
-from dlbc.errors import ExportError
+from dlbc.errors import DlbcError, ExportError
+from dlbc.frontends.expert_failures import experts_error
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parents[1])
@@ -21,6 +22,9 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     (r"packed sequence read by",
      "what a packed sequence holds is read by something else than a recurrent layer",
      "unpack it with pad_packed_sequence first: elsewhere its padding would count"),
+    (r"NotByRow|rows of (one|different|some|the) experts?",
+     "rows of the experts are used in a way that cannot be done for all experts at once",
+     "for each expert, work row by row: linear maps and elementwise functions"),
     (r"pack_padded_sequence|_pack_padded_sequence|PackedSequence",
      "pack_padded_sequence cannot be captured: its sizes depend on the data",
      "give padded sequences to the recurrent layer and mask what it returns"),
@@ -50,8 +54,29 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def explained(problem: BaseException, model: torch.nn.Module) -> ExportError:
+def explained(problem: BaseException, model: torch.nn.Module) -> DlbcError:
     """The exporter's failure as an ExportError at the model's own line; raise it from `problem`."""
+    path, at = _module(problem, model)
+    return experts_error(_explained(problem, model), model, path, at)
+
+
+def elsewhere(problem: DlbcError, model: torch.nn.Module) -> DlbcError:
+    """The error to raise for one found in the exported program: a mixture of experts is told what it can do."""
+    path, _, rest = problem.where.partition(" (")
+    return experts_error(problem, model, path, rest.rstrip(")").rpartition(", ")[2])
+
+
+def _module(problem: BaseException, model: torch.nn.Module) -> tuple[str, str]:
+    """The innermost module of the model that was running when the problem came up, by path, and its `file.py:line`."""
+    paths, found = {id(module): path for path, module in model.named_modules()}, ("", "")
+    for frame, line in traceback.walk_tb(problem.__traceback__):
+        own = frame.f_locals.get("self")
+        if isinstance(own, torch.nn.Module) and id(own) in paths and _is_users(frame.f_code.co_filename):
+            found = paths[id(own)], f"{PurePath(frame.f_code.co_filename).name}:{line}"
+    return found
+
+
+def _explained(problem: BaseException, model: torch.nn.Module) -> ExportError:
     frames = traceback.extract_tb(problem.__traceback__)
     text = f"{type(problem).__name__}: {problem}"
     names = " ".join(frame.name for frame in frames)

@@ -20,7 +20,9 @@ from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from dlbc.errors import DlbcError, ExportError
-from dlbc.frontends.failures import brief, explained
+from dlbc.frontends.expert_capture import portable_experts
+from dlbc.frontends.failures import brief, elsewhere, explained
+from dlbc.frontends.grouped_capture import drop_counts, grouped_rows
 from dlbc.frontends.inputs import (
     INJECTED,
     Args,
@@ -40,6 +42,7 @@ from dlbc.frontends.inputs import (
 )
 from dlbc.frontends.quiet import evaluating, quiet
 from dlbc.frontends.recurrent_capture import recurrent_layers
+from dlbc.frontends.registered_capture import check_registered, registered_forwards
 from dlbc.frontends.sizes import Sizes
 from dlbc.frontends.translate import Translation, unknown, weight_operand
 from dlbc.ir.core import Graph, Operand, Section, Type, Value, Weight
@@ -80,8 +83,12 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
         raise ExportError("the example inputs hold no tensor", hint="give the inputs that the model runs on")
     capture = _Capture(model, signature, bound, named)
     with quiet(), torch.no_grad(), evaluating(model):
+        capture.check()
         program, sizes, static = capture.run(dynamic_axes(named, dynamic))
-        return _imported(capture, program, sizes, static, tuple(injected))
+        try:
+            return _imported(capture, program, sizes, static, tuple(injected))
+        except DlbcError as problem:
+            raise elsewhere(problem, model) from problem.__cause__
 
 
 @dataclass
@@ -119,6 +126,19 @@ class _Capture:
             static |= {key: reason for key, reason in gone.items() if key not in static}
             axes = fewer
 
+    def check(self) -> None:
+        """ExportError where the model has a registered forward that does not do what its module does."""
+        def run() -> None:
+            args, kwargs = self.call(self.bound)
+            try:
+                self.model(*args, **kwargs)
+            except ExportError:
+                raise
+            except Exception as problem:
+                raise explained(problem, self.model) from problem
+
+        check_registered(self.model, run)
+
     def export(self, axes: Axes) -> ExportedProgram:
         """One attempt."""
         self.examples = enlarged(self.named, axes)
@@ -128,8 +148,11 @@ class _Capture:
         for name, own in axes.items():
             shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)
         spec = shapes.dynamic_shapes(self.model, args, kwargs) if axes else None
-        with recurrent_layers(self.model):
+        with (portable_experts(self.model), registered_forwards(self.model), recurrent_layers(self.model),
+              grouped_rows() as loops):
             program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
+        if loops.joined:
+            drop_counts(program)
         return _functional(program)
 
     def call(self, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
@@ -231,7 +254,7 @@ class _Capture:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with recurrent_layers(self.model):
+                with portable_experts(self.model), recurrent_layers(self.model):
                     own = self.model(*args, **kwargs)
                 runs = (own, program.module(check_guards=False)(*args, **kwargs))
         except Exception as problem:

@@ -20,7 +20,7 @@ from dlbc.ir.core import Location, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Sym
 
 FAMILIES = ("aten_elementwise", "aten_create", "aten_reduce", "aten_linear", "aten_interpolate", "aten_embedding",
-            "aten_moves", "aten_index", "aten_recurrent")
+            "aten_moves", "aten_index", "aten_recurrent", "aten_experts")
 
 E = TypeVar("E")
 Known: TypeAlias = "Operand | tuple[Operand, ...] | fx.GraphModule"

@@ -79,15 +79,16 @@ class Region:
         self.batch = q.shape[0]
         self.heads, self.groups = _number(q.shape[1], "heads"), _number(k.shape[1], "key groups")
         self.repeats = self.heads // self.groups
+        self.sinks = self._sinks()
         self.seeds: Dim = 1
         self.tiles: dict[str, Tile] = {}
         self.kinds: dict[str, Kind] = {}
         for param in function.params:
             if not isinstance(param, Value):
                 raise Unfit(f"it reads the weight {param}")
-            self.tiles[param.name], self.kinds[param.name] = self._tile(param.type), Kind.GIVEN
+            self.tiles[param.name], self.kinds[param.name] = self._tile(param), Kind.GIVEN
         for op in self.definitions.values():
-            self.tiles[op.result.name] = self._tile(op.result.type)
+            self.tiles[op.result.name] = self._tile(op.result)
             self.kinds[op.result.name] = self._kind(op)
         self.late = self._late()
         self.stages: dict[str, int] = {p.name: 0 for p in function.params}
@@ -153,8 +154,23 @@ class Region:
                 raise Unfit("it holds a kernel or an op of several results")
             yield op
 
-    def _tile(self, type_: Type) -> Tile:
+    def _sinks(self) -> set[str]:
+        """The scores [H] that no key has, and what they are casts of."""
+        found: set[str] = set()
+        waiting = [o.name for op in self.softmaxes for o in op.operands[3:] if isinstance(o, Value)]
+        while waiting:
+            name = waiting.pop()
+            found.add(name)
+            waiting += [v.name for v in self.reads(name)]
+        return found
+
+    def _tile(self, value: Value) -> Tile:
         """A value's axes, told from the sizes in its type."""
+        type_ = value.type
+        if value.name in self.sinks:
+            if type_.shape != (self.heads,) or type_.dtype not in ELEMENTS:
+                raise Unfit(f"its sinks are {type_}")
+            return Tile("", ("h",), False, False, "query", 1, type_.dtype)
         if type_.rank > 5:
             raise Unfit(f"a value has {type_.rank} axes: {type_}")
         if type_.dtype not in ELEMENTS:
@@ -240,7 +256,7 @@ class Region:
         return Kind.MAP
 
     def _softmax(self, op: Op, own: Sequence[Tile]) -> Kind:
-        q, k, *mask = own
+        q, k, *mask = own[:3]
         if q.axes != "rd" or k.axes != "kd" or q.seeds or k.seeds or q.stacked:
             raise Unfit("its queries and keys are not laid out as [B,H,T,D]")
         if mask and ("d" in mask[0].axes or mask[0].stacked):
@@ -394,19 +410,25 @@ def why_not_tiles(op: Op, functions: Mapping[str, Function]) -> str:
 
 def forward_function(op: Op) -> Function:
     """What an `attention` op computes, as a function of a block."""
-    q, k, v, *mask = (_type(o) for o in op.operands if o is not None)
+    q, k, v = (_type(o) for o in op.operands[:3])
+    mask, sinks = (None if o is None else _type(o) for o in (*op.operands[3:], None, None)[:2])
     (batch, heads, _, width), groups = q.shape, k.shape[1]
     if not isinstance(heads, int) or not isinstance(groups, int):
         raise Unfit("the number of heads is not known to the kernel")
     params = [Value("q", Type(q.dtype, (batch, heads, ROWS, width))),
               Value("k", Type(k.dtype, (batch, groups, KEYS, width))),
               Value("v", Type(v.dtype, (batch, groups, KEYS, v.shape[-1])))]
-    for each in mask:
-        tail = tuple(1 if dim == 1 else size for dim, size in zip(each.shape[-2:], (ROWS, KEYS), strict=True))
-        params.append(Value("mask", Type(each.dtype, (*each.shape[:-2], *tail))))
+    read: list[Operand] = [params[0], params[1]]
+    if mask is not None:
+        tail = tuple(1 if dim == 1 else size for dim, size in zip(mask.shape[-2:], (ROWS, KEYS), strict=True))
+        params.append(Value("mask", Type(mask.dtype, (*mask.shape[:-2], *tail))))
+        read.append(params[-1])
+    if sinks is not None:
+        params.append(Value("sinks", sinks))
+        read += [params[-1]] if mask is not None else [None, params[-1]]
     attrs = {name: attr(op, name) for name in ("scale", "causal", "window", "softcap")}
     weights = Value("p", Type(op.result.type.dtype, (batch, heads, ROWS, KEYS)))
-    body = [Op("attention_weights", (params[0], params[1], *params[3:]), (weights,), attrs)]
+    body = [Op("attention_weights", tuple(read), (weights,), attrs)]
     repeats = heads // groups
     stacked = Value("p.0", Type(weights.type.dtype, (batch, groups, repeats * ROWS, KEYS)))
     product = Value("o.0", Type(op.result.type.dtype, (batch, groups, repeats * ROWS, v.shape[-1])))

@@ -6,7 +6,7 @@ What is in none of them stands outside of kernels, and is the array library's.
 
 from __future__ import annotations
 
-from dlbc.ir.core import Op, Type, Value, Weight
+from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.ops import attr, axes
 
 ELEMENTS = frozenset({"f32", "f16", "bf16", "i64", "i32", "bool"})
@@ -35,8 +35,11 @@ ROWWISE = frozenset({"softmax", "log_softmax", "layer_norm", "rms_norm", "row_st
                      "amin", "logsumexp"})
 """Ops that take the last axis together."""
 
-PRODUCTS = frozenset({"linear", "matmul"})
-"""Products of rows with a matrix."""
+PRODUCTS = frozenset({"linear", "matmul", "grouped_linear"})
+"""Products of rows with a matrix, or each with the matrix of its expert."""
+
+EXPERTS = 4096
+"""Experts of a product, at most: each program reads how many rows all of them have."""
 
 LONGEST = 16384
 """Elements of a last axis that one program takes at once."""
@@ -106,10 +109,23 @@ def taken(op: Op, x: Type) -> tuple[int, ...]:
     return axes(x.rank, dims)
 
 
+def factors(op: Op) -> tuple[Operand, Operand]:
+    """What a product multiplies: rows, and the matrix (or the experts' matrices)."""
+    return op.operands[0], op.operands[2 if op.name == "grouped_linear" else 1]
+
+
+def template_of(op: Op) -> str:
+    """The template of kernels of a product."""
+    return "grouped" if op.name == "grouped_linear" else "gemm"
+
+
 def is_product(op: Op) -> bool:
     """Whether an op is rows times a matrix (`x W^T` or `x W`), of sizes that are known, except for the rows."""
-    if op.name not in PRODUCTS or any(not isinstance(o, Value | Weight) for o in op.operands[:2]):
+    if op.name not in PRODUCTS or any(not isinstance(o, Value | Weight) for o in factors(op)):
         return False
-    x, matrix = (o.type for o in op.operands[:2] if isinstance(o, Value | Weight))
-    return (matrix.rank == 2 and x.rank >= 2 and all(isinstance(n, int) for n in matrix.shape)
+    x, matrix = (o.type for o in factors(op) if isinstance(o, Value | Weight))
+    if op.name == "grouped_linear" and not (isinstance(matrix.shape[0], int) and matrix.shape[0] <= EXPERTS):
+        return False
+    return (matrix.rank == (3 if op.name == "grouped_linear" else 2) and x.rank >= 2
+            and all(isinstance(n, int) for n in matrix.shape)
             and all(t.floating and t.dtype in ELEMENTS for t in (x, matrix, op.result.type)))

@@ -322,7 +322,8 @@ def threshold(x: Type, *, threshold: float = 0.0, value: float) -> Type:
 @op("glu", elementwise=True)
 def glu(gate: Type, up: Type, *, activation: str = "silu") -> Type:
     """`activation(gate) * up`: the gated product of SwiGLU ("silu"), GeGLU ("gelu", "gelu_tanh"), ..."""
-    require(activation in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"), f"no gate `{activation}`")
+    require(activation in ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "sigmoid", "tanh"),
+            f"no gate `{activation}`")
     return Type(promote(gate, up), _sizes(gate, up))
 
 
@@ -645,24 +646,98 @@ def row_statistics(x: Type, *, dims: int = 1, eps: float = 1e-5, centred: bool =
 # --- attention ---------------------------------------------------------------------------------------
 
 @op("attention")
-def attention(q: Type, k: Type, v: Type, mask: Type | None = None, *, scale: float, causal: bool = False,
-              window: int | None = None, softcap: float | None = None) -> Type:
+def attention(q: Type, k: Type, v: Type, mask: Type | None = None, sinks: Type | None = None, *, scale: float,
+              causal: bool = False, window: int | None = None, softcap: float | None = None) -> Type:
     """`softmax(softcap(q k^T scale) + mask) v`; q [B,H,T,D], k and v [B,G,U,D], H a multiple of G.
 
     Head h reads group h // (H / G). `causal`: query i sees keys j <= i + U - T. `window`: only keys with
     i + U - T - j < window. `mask`: True = visible, or an additive bias, broadcast to [B,H,T,U]. A row
-    that sees nothing is 0. softcap c: `c tanh(s / c)`.
+    that sees nothing is 0. softcap c: `c tanh(s / c)`. `sinks` [H]: one more score in each row of a head, which every
+    query sees and whose value is 0: a row's weights sum to 1 less the sink's.
     """
     require(q.rank == 4 and k.rank == 4 and v.rank == 4, "attention takes q, k, v of rank 4")
     require(q.shape[-1] == k.shape[-1], f"q and k have heads of {q.shape[-1]} and {k.shape[-1]}")
+    _sinks(q, sinks)
     return Type(promote(q, k, v), (*q.shape[:-1], v.shape[-1]))
 
 
 @op("attention_weights")
-def attention_weights(q: Type, k: Type, mask: Type | None = None, *, scale: float, causal: bool = False,
-                      window: int | None = None, softcap: float | None = None) -> Type:
-    """The softmax of `attention`: [B,H,T,U], 0 where masked."""
+def attention_weights(q: Type, k: Type, mask: Type | None = None, sinks: Type | None = None, *, scale: float,
+                      causal: bool = False, window: int | None = None, softcap: float | None = None) -> Type:
+    """The softmax of `attention` without its sinks: [B,H,T,U], 0 where masked."""
+    _sinks(q, sinks)
     return Type(promote(q, k), (*q.shape[:-1], k.shape[-2]))
+
+
+def _sinks(q: Type, sinks: Type | None) -> None:
+    require(sinks is None or (sinks.floating and sinks.shape == q.shape[1:2]),
+            f"sinks {sinks} for {q.shape[1]} heads: one number each")
+
+
+# --- mixture of experts ------------------------------------------------------------------------------
+
+@op("route_topk")
+def route_topk(scores: Type, choice: Type | None = None, *, k: Dim) -> tuple[Type, Type]:
+    """The k experts of each row: the largest of `choice` (default: scores) along the last axis, in order; their
+    scores and their numbers. scores [..., E]."""
+    require(choice is None or choice.shape == scores.shape, f"choice {choice} for scores {scores}")
+    shape = (*scores.shape[:-1], k)
+    return Type(scores.dtype, shape), Type("i64", shape)
+
+
+@op("expert_linear")
+def expert_linear(x: Type, ids: Type, weight: Type, bias: Type | None = None, *, transposed: bool = False) -> Type:
+    """`y[..., j, :] = weight[ids[..., j]] @ x[..., j, :] + bias[ids[..., j]]`: each row by the experts chosen for it.
+
+    ids [*rows, K] within 0 <= id < E; x [*rows, K, in], or [*rows, 1, in] where all experts get the same; x may have
+    more axes in front. weight [E, out, in] ([E, in, out] where `transposed`), bias [E, out].
+    """
+    _experts(weight, bias, transposed)
+    require(x.rank > ids.rank, f"x {x} for ids {ids}")
+    rows = x.shape[-1 - ids.rank:-1]
+    require(rows[:-1] == ids.shape[:-1] and rows[-1] in (1, ids.shape[-1]), f"rows of x {x} are not those of ids {ids}")
+    inner, outer = weight.shape[2 - transposed], weight.shape[1 + transposed]
+    require(x.shape[-1] == inner, f"the last axis of x is {x.shape[-1]}, the experts take {inner}")
+    return Type(promote(x, weight), (*x.shape[:-2], ids.shape[-1], outer))
+
+
+@op("combine")
+def combine(u: Type, weights: Type) -> Type:
+    """`y = sum_k weights[..., k] u[..., k, :]`: what the chosen experts say, weighted; u [*rows, K, D],
+    weights [*rows, K]."""
+    require(u.rank == weights.rank + 1 and u.shape[:-1] == weights.shape, f"weights {weights} for experts {u}")
+    return Type(promote(u, weights), (*weights.shape[:-1], u.shape[-1]))
+
+
+@op("expert_order")
+def expert_order(ids: Type, *, experts: Dim) -> tuple[Type, Type, Type]:
+    """Rows sorted by expert: ids of any shape, N in all. `order` [N]: the flat places of ids by expert, stable;
+    `places` [N]: where each went (the inverse); `ends` [experts]: how many rows the experts up to each one have."""
+    flat = product(ids.shape)
+    return Type("i64", (flat,)), Type("i64", (flat,)), Type("i64", (experts,))
+
+
+@op("grouped_linear")
+def grouped_linear(x: Type, ends: Type, weight: Type, bias: Type | None = None, *, transposed: bool = False,
+                   part: str = "") -> Type:
+    """`linear` with the weight of each row's expert, rows sorted: rows ends[e - 1] to ends[e] by weight[e] and bias[e].
+
+    x [..., N, in], ends [E] as of `expert_order`; weight [E, out, in] ([E, in, out] where `transposed`), bias [E, out].
+    `part`: of the weights only "positive" (`max(w, 0)`) or "negative" (`max(-w, 0)`) parts, or their sizes ("abs").
+    Only weights of experts that have rows are read.
+    """
+    _experts(weight, bias, transposed)
+    require(part in ("", "abs", "positive", "negative"), f"no part `{part}` of weights")
+    require(ends.shape == weight.shape[:1], f"ends {ends} for {weight.shape[0]} experts")
+    inner, outer = weight.shape[2 - transposed], weight.shape[1 + transposed]
+    require(x.rank >= 2 and x.shape[-1] == inner, f"the last axis of x is {x.shape[-1]}, the experts take {inner}")
+    return Type(promote(x, weight), (*x.shape[:-1], outer))
+
+
+def _experts(weight: Type, bias: Type | None, transposed: bool) -> None:
+    require(weight.rank == 3, f"weights of rank {weight.rank}, not 3")
+    require(bias is None or bias.shape == (weight.shape[0], weight.shape[1 + transposed]),
+            f"bias {bias} for weights {weight}")
 
 
 # --- recurrent layers --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from dlbc.ir.ops import axes
+from dlbc.ir.reference_experts import EXPERTS
 from dlbc.ir.reference_layers import LAYERS, Array, Dims, Index, safe_div
 from dlbc.ir.reference_recurrent import RECURRENT
 
@@ -115,7 +116,7 @@ def where(condition: Array, a: Array, b: Array) -> Array:
 
 GATES: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: x * sigmoid(x), "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
-    "relu": relu, "sigmoid": sigmoid, "tanh": np.tanh,
+    "gelu_quick": lambda x: gelu(x, approximate="quick"), "relu": relu, "sigmoid": sigmoid, "tanh": np.tanh,
 }
 
 
@@ -375,6 +376,6 @@ MOVES: dict[str, Function] = {
 }
 
 REFERENCE: dict[str, Function] = {
-    **ELEMENTWISE, "full": full, "arange": arange, **REDUCTIONS, **LAYERS, **RECURRENT, **MOVES,
+    **ELEMENTWISE, "full": full, "arange": arange, **REDUCTIONS, **LAYERS, **RECURRENT, **EXPERTS, **MOVES,
 }
 """The function of every op in the catalogue, by the op's name."""

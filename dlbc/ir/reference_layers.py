@@ -298,8 +298,8 @@ def group_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
 
 # --- attention ---------------------------------------------------------------------------------------
 
-def attention_weights(q: Array, k: Array, mask: Array | None = None, *, scale: float, causal: bool,
-                      window: int | None, softcap: float | None) -> Array:
+def attention_weights(q: Array, k: Array, mask: Array | None = None, sinks: Array | None = None, *, scale: float,
+                      causal: bool, window: int | None, softcap: float | None) -> Array:
     """The softmax of `attention`: 0 where masked, a row of zeros where nothing is visible."""
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
     score = q @ k.swapaxes(-1, -2) * scale
@@ -313,15 +313,17 @@ def attention_weights(q: Array, k: Array, mask: Array | None = None, *, scale: f
         score = np.where(back < window, score, -np.inf)
     if mask is not None:
         score = np.where(mask, score, -np.inf) if mask.dtype == bool else score + mask
+    if sinks is not None:
+        score = np.concatenate([score, np.broadcast_to(sinks[:, None, None], (*score.shape[:-1], 1))], axis=-1)
     top = np.max(score, axis=-1, keepdims=True)
     e = np.exp(score - np.where(top == -np.inf, 0.0, top))
-    return safe_div(e, np.sum(e, axis=-1, keepdims=True))
+    return safe_div(e, np.sum(e, axis=-1, keepdims=True))[..., :keys]
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, causal: bool,
-              window: int | None, softcap: float | None) -> Array:
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None, sinks: Array | None = None, *, scale: float,
+              causal: bool, window: int | None, softcap: float | None) -> Array:
     """`softmax(...) v`."""
-    weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
+    weights = attention_weights(q, k, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
     y: Array = weights @ np.repeat(v, q.shape[1] // v.shape[1], axis=1)
     return y
 

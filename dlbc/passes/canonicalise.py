@@ -210,6 +210,27 @@ def _expand(op: Op, flow: Dataflow, at: Builder) -> Operand:
     return at.expand(inner.operands[0], shape=op.attrs["shape"]) if inner is not None else None
 
 
+def _slice(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """A part of a cat is what was laid there (DeepSeek fills a buffer part by part)."""
+    joined = flow.op(op.operands[0], "cat")
+    rank = op.result.type.rank
+    if joined is None or attr(op, "step") != 1:
+        return None
+    dim, along = (axis(rank, each.attrs["dim"]) for each in (op, joined))  # type: ignore[arg-type]
+    start, stop, place = attr(op, "start"), attr(op, "stop"), 0
+    if dim != along or not isinstance(start, int) or not isinstance(stop, int):
+        return None
+    for part in joined.operands:
+        size = type_of(part).shape[dim]
+        if not isinstance(size, int):
+            return None
+        if place <= start and stop <= place + size:
+            whole = (start, stop) == (place, place + size)
+            return part if whole else at.slice_(part, dim=dim, start=start - place, stop=stop - place)
+        place += size
+    return None
+
+
 _EXACT_IN = {"bf16": ("bf16", "f32", "f64"), "f16": ("f16", "f32", "f64"), "f32": ("f32", "f64"), "f64": ("f64",),
              "bool": ("bool", "u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32", "f64")}
 
@@ -279,7 +300,7 @@ def _as_literal(operand: Operand, flow: Dataflow) -> Operand:
 
 
 _RULES: dict[str, Local] = {
-    "reshape": _reshape, "select": _select, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
+    "reshape": _reshape, "slice": _slice, "select": _select, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
     "logical_not": _not, "bitwise_not": _not, "matmul": _matmul, "add": _add, "mul": _swapped,
     "bitwise_and": _swapped, "logical_and": _swapped, "bitwise_or": _swapped, "logical_or": _swapped,
 }

@@ -16,16 +16,18 @@ DATA_OPERANDS: dict[str, tuple[int, ...]] = {
     "attention": (0, 1, 2), "attention_weights": (0, 1), "where": (1, 2), "gather": (0,), "take": (0,),
     "index": (0,), "scatter": (0, 2), "scatter_add": (0, 2), "index_put": (0, 1), "embedding": (0,),
     "rotary": (0,), "batch_norm": (0,), "prelu": (0,), "layer_norm": (0,), "rms_norm": (0,), "group_norm": (0,),
-    "lstm": (0, 1, 2), "gru": (0, 1), "rnn": (0, 1),
+    "lstm": (0, 1, 2), "gru": (0, 1), "rnn": (0, 1), "route_topk": (0,), "expert_linear": (0,),
+    "grouped_linear": (0,),
 }
 """The operands through which relevance may pass, where it is not all of them."""
 
 
 CONSTANT_OPERANDS: dict[str, tuple[int, ...]] = {
-    "attention": (3,), "attention_weights": (2,), "embedding": (1,), "rotary": (1, 2), "batch_norm": (1, 2, 3, 4),
+    "attention": (3, 4), "attention_weights": (2, 3), "embedding": (1,), "rotary": (1, 2), "batch_norm": (1, 2, 3, 4),
     **dict.fromkeys(("linear", "linear_rows", "layer_norm", "rms_norm", "group_norm", "prelu"), (1, 2)),
     **{f"{name}{n}d": (1, 2) for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
-    "lstm": (3, 4, 5, 6), "gru": (2, 3, 4, 5), "rnn": (2, 3, 4, 5),
+    "lstm": (3, 4, 5, 6), "gru": (2, 3, 4, 5), "rnn": (2, 3, 4, 5), "expert_linear": (2, 3),
+    "grouped_linear": (2, 3),
 }
 """The operands that no rule gives relevance to: where one is computed from an explained input, pairing refuses."""
 

@@ -59,12 +59,16 @@ def _fold(op: Op, position: int, facts: Facts, flow: Dataflow, at: Builder) -> O
     folded = _folded(op, condition, facts, at, hiding) if condition is not None else None
     if folded is None or (bias is not None and folded[1] is not None):
         plain = _boolean(mask, facts, flow)
-        return build(at, op.name, *op.operands[:position], plain, attrs=op.attrs) if plain != mask else None
+        return _masked(op, position, plain, op.attrs, at) if plain != mask else None
     attrs, visible = folded
     if bias is None and visible == mask and attrs == op.attrs:
         return None
-    left = visible if bias is None else bias
-    return build(at, op.name, *op.operands[:position], left, attrs=attrs)
+    return _masked(op, position, visible if bias is None else bias, attrs, at)
+
+
+def _masked(op: Op, position: int, mask: Operand, attrs: Mapping[str, Attr], at: Builder) -> Value:
+    """The op with another mask."""
+    return build(at, op.name, *op.operands[:position], mask, *op.operands[position + 1:], attrs=attrs)
 
 
 def _condition(mask: Operand, facts: Facts, flow: Dataflow) -> tuple[Operand, Operand, Predicate | None]:

@@ -1,9 +1,10 @@
 """Fuse: from level 3 to level 4. Primitive ops are grouped into kernels that a backend writes as one function each.
 
-Three kinds of groups, tried in this order; what is in none stays an op of its own, which the array library runs:
+Four kinds of groups, tried in this order; what is in none stays an op of its own, which the array library runs:
 
 * `gemm`: products of rows with matrices. Products that share an operand and have equal shapes share a kernel, each with
   an accumulator. Cheap ops of one operand (|W|) are computed as it is read; what is pointwise after it, before writing.
+* `grouped`: the same for rows of which each has the matrix of its expert (`grouped_linear`).
 * `row`: ops that take the last axis together (norms, softmax, sums), with what is pointwise around them.
 * `elementwise`: what is left of pointwise ops, with the moves (`permute`, `slice`, `cat`, ...) between them.
 
@@ -18,7 +19,19 @@ from typing import ClassVar
 
 from dlbc.ir.core import Function, Graph, Kernel, Op, Operand, Value, Weight, values
 from dlbc.ir.dims import Dim
-from dlbc.ir.fusible import CHEAP, MOVES, POINTWISE, VIEWS, fits, is_product, is_row
+from dlbc.ir.fusible import (
+    CHEAP,
+    MOVES,
+    POINTWISE,
+    PRODUCTS,
+    VIEWS,
+    factors,
+    fits,
+    is_product,
+    is_row,
+    template_of,
+)
+from dlbc.ir.ops import attr
 from dlbc.passes import Pass, register
 from dlbc.passes.fuse_groups import Groups, one_of_each, spread
 from dlbc.passes.rewrite import names, with_section
@@ -106,7 +119,7 @@ class _Fusing:
         pointers = self.groups.pointers(members)
         if not pointers:
             return False
-        return template == "gemm" or len(counted) > 1 or any(op.name in ALONE for op in counted)
+        return any(op.name in PRODUCTS for op in ops) or len(counted) > 1 or any(op.name in ALONE for op in counted)
 
     def op(self, at: int) -> Op:
         """The op at a place; only ops are asked for."""
@@ -152,27 +165,32 @@ class _Fusing:
             for first in anchors:
                 for second in anchors:
                     if first < second and second not in self.assigned and self.alike(first, second) >= want:
-                        group = self.groups.of[first] if first in self.assigned else self.start(first, "gemm")
+                        group = self.groups.of[first] if first in self.assigned else self.start(
+                            first, template_of(self.op(first)))
                         count = sum(is_product(self.op(at)) for at in self.groups.members[group])
                         if count < self.options.accumulators:
                             self.take(group, second)
         for at in anchors:
             if at not in self.assigned:
-                self.start(at, "gemm")
+                self.start(at, template_of(self.op(at)))
             if self.groups.of[at] not in groups:
                 groups.append(self.groups.of[at])
         for group in reversed(groups):
             for at in list(self.groups.members[group]):
-                for operand in self.op(at).operands[:2]:
+                for operand in factors(self.op(at)):
                     self.cheap(group, operand)
             self.after(group, {self.op(self.groups.members[group][-1]).result.type.shape})
 
     def alike(self, first: int, second: int) -> int:
-        """How many operands two products of equal shapes have in common; -1 where the shapes differ."""
+        """How many factors two products of equal shapes have in common; -1 where the shapes differ, or the experts of
+        the rows."""
         a, b = self.op(first), self.op(second)
         if a.name != b.name or a.result.type.shape != b.result.type.shape:
             return -1
-        pairs = list(zip(a.operands[:2], b.operands[:2], strict=True))
+        if a.name == "grouped_linear" and (a.operands[1] != b.operands[1]
+                                           or attr(a, "transposed") != attr(b, "transposed")):
+            return -1
+        pairs = list(zip(factors(a), factors(b), strict=True))
         if any(x.type.shape != y.type.shape for x, y in pairs if isinstance(x, Value | Weight)
                and isinstance(y, Value | Weight)):
             return -1

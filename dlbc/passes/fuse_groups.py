@@ -8,7 +8,7 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from dlbc.ir.core import Kernel, Op, Operand, Value, Weight, values
-from dlbc.ir.fusible import CHEAP, POINTWISE, fits, is_product, is_row
+from dlbc.ir.fusible import CHEAP, POINTWISE, factors, fits, is_product, is_row
 
 
 class Groups:
@@ -158,7 +158,7 @@ def _could_hold(item: Op | Kernel, value: Value) -> bool:
     if not isinstance(item, Op) or value in item.reads:
         return False
     if is_product(item):
-        return value in item.operands[:2]
+        return value in factors(item)
     return (item.name in POINTWISE and fits(item)) or is_row(item)
 
 

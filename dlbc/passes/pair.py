@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial, reduce
 from typing import ClassVar
 
 from dlbc.composite import Composite, resolve
 from dlbc.errors import InputError, RuleError, UnsupportedOpError
 from dlbc.ir.builder import Builder
-from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Value, Weight, values
+from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Type, Value, Weight, values
 from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
 from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
@@ -25,6 +26,7 @@ from dlbc.passes.defer import of_targets
 from dlbc.passes.differences import with_references
 from dlbc.passes.expand import expand_rule, facts
 from dlbc.passes.outputs import FINAL, explainable_outputs, explained_output, input_names, output_names
+from dlbc.passes.record_experts import for_all_rows, mixtures_of, share_of_experts, share_of_shared
 from dlbc.passes.rewrite import live, names
 from dlbc.passes.rules import RULES, Form, reference_of, seeded
 from dlbc.passes.signs import rectifies
@@ -102,6 +104,9 @@ class _Pairing:
         self.uses = Counter(o.name for op in graph.forward.ops for o in values(data_operands(op)))
         self.output = self._explained_output(output)
         self.sites = Sites.of(graph, output)
+        self.mixtures = mixtures_of(graph)
+        self.shares: dict[str, Value] = {}
+        """Relevance of experts by the name of the value whose op shared it out: of `combine`, of `total`."""
 
     def run(self) -> Graph:
         forward = self.graph.forward
@@ -120,7 +125,7 @@ class _Pairing:
         inputs = [p for p in explained_inputs(self.graph) if p.name in self.carriers]
         relevant = [self._at_input(p) for p in inputs]
         nodes = [(kept[name], value) for name, value in reversed(found.items())]
-        results = (*relevant, *(value for _, value in nodes))
+        results = (*relevant, *(value for _, value in nodes), *self._of_experts())
         body = live(self.at.ops, results)
         graph = replace(self.graph, relevance=Section((seed,), tuple(body), results),
                         dims={**self.graph.dims, "S": (1, 1024)})
@@ -131,7 +136,7 @@ class _Pairing:
             nodes=tuple(place for place, _ in nodes), output=output_names(graph)[position], before=skipped,
             seed=_meaning(seed, body), **({"reason": self.composite.reason} if self.composite.reason else {}),
             **({"streams": self.composite.streams} if self.composite.streams > 1 else {}))
-        saved = {v.name: v for op in body for v in values(op.reads)}
+        saved = {v.name: v for op in body for v in values(op.reads if op.name.startswith("rel.") else op.inputs)}
         defined = {p.name: p for p in forward.params} | {r.name: r for op in forward.ops for r in op.results}
         return replace(graph, forward=replace(
             forward, results=(*forward.results, *(defined[name] for name in reversed(found)),
@@ -209,6 +214,44 @@ class _Pairing:
             self.facts.rectified.add(results[0].name)
         self.at.ops.append(Op(f"rel.{op.name}", incoming, tuple(results), {}, op.place, rule,
                               _reads(trial.ops, [contributed[i] for i, _ in targets], incoming), op.result.name))
+        self._record_experts(op, {o.name: r for (_, o), r in zip(targets, results, strict=True)},
+                             form, conserves=definition.conserves)
+
+    def _record_experts(self, op: Op, given: Mapping[str, Value], form: Form, *, conserves: bool) -> None:
+        """Keep what the terms of a mixture get, `given` by the names of the op's operands."""
+        self.at.place, self.at.of = op.place, op.result.name
+        for mixture in self.mixtures:
+            operands = {v.name: v for v in values(op.operands)}
+            if op.result.name == mixture.combine:
+                u, weights = values(op.operands)
+                to_weights = given.get(weights.name) if conserves else None
+                if u.name in given:
+                    self.shares[mixture.combine] = share_of_experts(
+                        self.at, form, given[u.name], u, to_weights, weights)
+            elif op.result.name == mixture.total and mixture.shared in given:
+                self.shares[mixture.total] = share_of_shared(self.at, form, given[mixture.shared],
+                                                             operands[mixture.shared])
+
+    def _of_experts(self) -> list[Value]:
+        """Relevance of the experts of every mixture, [S, *rows, K], and of its shared expert, [S, *rows], for all rows:
+        0 where none arrived."""
+        found = []
+        known = self._definitions
+        returned = {v.name: v for v in self.graph.forward.results}
+        for mixture in self.mixtures:
+            weights = returned[mixture.weights]
+            combine = known[mixture.combine]
+            self.at.place, self.at.of = combine.place, mixture.combine
+            choices, own = [], combine.operands[1]
+            while isinstance(own, Value) and own.name != mixture.weights:
+                choices.append(known[own.name])
+                own = choices[-1].operands[0]
+            for name, type_ in ((mixture.combine, weights.type), (mixture.total, Type("f32", weights.type.shape[:-1]))):
+                if name:
+                    share = self.shares.get(name)
+                    found.append(self.at.zeros(seeded(type_)) if share is None
+                                 else reduce(partial(for_all_rows, self.at), choices, share))
+        return found
 
     def _check_constants(self, op: Op) -> None:
         """UnsupportedOpError where relevance should reach a weight, bias or mask, which no rule gives any."""

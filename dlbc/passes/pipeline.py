@@ -11,9 +11,12 @@ from dlbc.passes.fold_masks import FoldMasks
 from dlbc.passes.hoist_constants import HoistConstants
 from dlbc.passes.raise_activations import RaiseActivations
 from dlbc.passes.raise_attention import RaiseAttention
+from dlbc.passes.raise_experts import RaiseExperts
 from dlbc.passes.raise_gated import RaiseGated
 from dlbc.passes.raise_norms import RaiseNorms
 from dlbc.passes.raise_rotary import RaiseRotary
+from dlbc.passes.unflatten_rows import UnflattenRows
+from dlbc.passes.unsort_rows import UnsortRows
 
 CANONICALISE: tuple[Pass, ...] = (
     EliminateDead(),
@@ -21,6 +24,13 @@ CANONICALISE: tuple[Pass, ...] = (
     HoistConstants(),  # weights alone: `1 + weight` is a weight to the passes below
     EliminateCommon(),  # equal values are one value to the patterns below
     Canonicalise(),
+    UnsortRows(),
+    EliminateDead(),
+    UnflattenRows(),  # experts are found, and everything else is read, by batch and position
+    Canonicalise(),
+    EliminateDead(),
+    RaiseExperts(),
+    EliminateCommon(),
     FoldBatchNorm(),
     RaiseNorms(),
     RaiseActivations(),

@@ -24,9 +24,11 @@ class RaiseAttention(Pass):
     """`matmul(softmax(softcap(q k^T scale) + mask), v)` over four axes [B, heads, T, D] is `attention`.
 
     Scores may be multiplied or divided by the scale, capped by tanh, masked by adding (transformers, T5's
-    position bias) or by `where` with -inf or a very negative number; casts around the softmax go. A mask
-    must not carry relevance. k and v repeated for groups of query heads (expand, reshape) are read
-    unrepeated, in front of an `attention` too. What has no head axis stays as it is.
+    position bias) or by `where` with -inf or a very negative number; casts around the softmax go, and so does
+    the largest score of a row that is subtracted first. A mask must not carry relevance. One more score per
+    head, laid beside the others and cut off after the softmax, is the head's sink. k and v repeated for groups
+    of query heads (expand, reshape) are read unrepeated, in front of an `attention` too. What has no head axis
+    stays as it is.
 
     A row that sees no key is 0 in `attention`. Eager code that adds a very negative number gives the
     mean of all values there, and -inf gives NaN: numbers that models throw away (rows of padding).
@@ -61,11 +63,11 @@ class _Scores:
 
 def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
     weights, v = op.operands
-    softmax = flow.op(flow.uncast(weights), "softmax")
-    if softmax is None or not last(softmax.result, attr(softmax, "dim")):
+    found = _softmax_of(flow.uncast(weights), flow)
+    if found is None:
         return None
-    scores = _scores(softmax.operands[0], flow, at, softmax.result.type.shape)
-    if scores is None or any(isinstance(m, Value) and m.name in carrying for m in scores.biases):
+    scores, sinks = _scores(found[0], flow, at, type_of(weights).shape), found[1]
+    if scores is None or any(isinstance(m, Value) and m.name in carrying for m in (*scores.biases, sinks)):
         return None
     q, k = flow.uncast(scores.q), flow.uncast(scores.k)
     if type_of(q).dtype != type_of(v).dtype or type_of(k).dtype != type_of(v).dtype:
@@ -75,7 +77,61 @@ def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
     if not _heads_fit(type_of(q), type_of(k), type_of(v)):
         return None
     mask = _mask(scores, at)
-    return as_type(at, at.attention(q, k, v, mask, scale=scores.scale, softcap=scores.softcap), op.result.type)
+    if sinks is not None:
+        sinks = _of_heads(sinks, type_of(q).shape[1], flow, at)
+        if sinks is None:
+            return None
+    found_op = at.attention(q, k, v, mask, sinks, scale=scores.scale, softcap=scores.softcap)
+    return as_type(at, found_op, op.result.type)
+
+
+def _softmax_of(weights: Operand, flow: Dataflow) -> tuple[Operand, Operand] | None:
+    """The scores that a softmax over the last axis is taken of, and the column laid beside them (None: there is none)
+    that is cut off again."""
+    cut = flow.op(weights, "slice")
+    softmax = flow.op(weights if cut is None else flow.uncast(cut.operands[0]), "softmax")
+    if softmax is None or not last(softmax.result, attr(softmax, "dim")):
+        return None
+    scores = _unshifted(flow.uncast(softmax.operands[0]), flow)
+    if cut is None:
+        return scores, None
+    joined = flow.op(scores, "cat")
+    if joined is None or len(joined.operands) != 2 or not all(
+            last(x.result, attr(x, "dim")) for x in (cut, joined)) or attr(cut, "step") != 1:
+        return None
+    first, second = joined.operands
+    keys, front = type_of(weights).shape[-1], attr(cut, "start")
+    scores, column = (first, second) if front == 0 else (second, first)
+    fits = front in (0, 1) and type_of(scores).shape[-1] == keys and type_of(column).shape[-1] == 1
+    return (scores, column) if fits else None
+
+
+def _unshifted(x: Operand, flow: Dataflow) -> Operand:
+    """x where the largest number of each row was subtracted: softmax is the same."""
+    shifted = flow.op(x, "sub")
+    if shifted is None:
+        return x
+    inner, top = map(flow.uncast, shifted.operands)
+    largest = flow.op(top, "amax", "max_with_index")
+    if largest is None or largest.results[0] != top or flow.uncast(largest.operands[0]) != inner:
+        return x
+    dims = attr(largest, "dims") if largest.name == "amax" else (attr(largest, "dim"),)
+    alone = isinstance(dims, tuple) and len(dims) == 1 and last(inner, dims[0]) and attr(largest, "keepdim") is True
+    return inner if alone else x
+
+
+def _of_heads(column: Operand, heads: Dim, flow: Dataflow, at: Builder) -> Operand:
+    """[H] where a column [B,H,T,1] has one number for each head; None where it has more."""
+    x = flow.uncast(column)
+    while (wide := flow.op(x, "expand")) is not None:
+        x = flow.uncast(wide.operands[0])
+    shape = type_of(x).shape
+    if ((1,) * (4 - len(shape)) + shape) != (1, heads, 1, 1):
+        return None
+    inner = flow.op(x, "reshape")
+    if inner is not None and type_of(inner.operands[0]).shape == (heads,):
+        return inner.operands[0]
+    return at.reshape(x, shape=(heads,))
 
 
 def _heads_fit(q: Type, k: Type, v: Type) -> bool:

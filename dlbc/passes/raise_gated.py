@@ -12,7 +12,7 @@ from dlbc.passes import Pass, register
 from dlbc.passes.match import Dataflow, floating, orders, replace_ops
 
 _LINEAR = ("linear", "conv1d", "conv2d", "conv3d", "expert_linear")
-_MOVES = ("reshape", "permute", "slice", "select")
+_MOVES = ("reshape", "permute", "slice", "select", "clamp")
 
 
 @register
@@ -20,7 +20,8 @@ _MOVES = ("reshape", "permute", "slice", "select")
 class RaiseGated(Pass):
     """`silu(gate) * up` is `glu` where gate and up are linear maps of one value, or parts of one map.
 
-    Activations: silu, gelu, tanh-gelu, relu, sigmoid, tanh. Any other product (squeeze and excitation, an
+    Both may be clamped and moved, with a number or a constant added (GPT-OSS's `clamp(up) + 1`).
+    Activations: silu, gelu, tanh-gelu, quick gelu, relu, sigmoid, tanh. Any other product (squeeze and excitation, an
     LSTM's gates, a value times a function of itself) stays a product.
     """
 
@@ -48,18 +49,18 @@ def _activation(op: Op | None) -> str:
     if op is None:
         return ""
     if op.name == "gelu":
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(attr(op, "approximate")), "")
+        return {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}.get(str(attr(op, "approximate")), "")
     return op.name if op.name in ("silu", "relu", "sigmoid", "tanh") else ""
 
 
 def _source(operand: Operand, flow: Dataflow) -> str | None:
-    """What a linear map, seen through moves, reads."""
-    while (move := flow.op(operand, *_MOVES)) is not None:
-        operand = move.operands[0]
-    added = flow.op(operand, "add")
-    for x, constant in orders(added) if added is not None else ():
-        if flow.constant(constant):
-            operand = x
+    """What a linear map, seen through moves and sums with constants, reads."""
+    while (step := flow.op(operand, *_MOVES, "add")) is not None:
+        parts = orders(step) if step.name == "add" else [(step.operands[0], 0)]
+        inner = next((x for x, other in parts if flow.constant(other) or flow.number(other) is not None), None)
+        if inner is None:
+            break
+        operand = inner
     linear = flow.op(operand, *_LINEAR)
     if linear is None:
         product = flow.op(operand, "matmul")

@@ -19,8 +19,9 @@ from dlbc.passes.match import Dataflow, last, orders, replace_ops, type_of
 class RaiseRotary(Pass):
     """`x * cos + rotate(x) * sin` is `rotary(x, cos, sin)`; rotate is (-x2, x1) of halves, or of pairs.
 
-    Also written out by halves, `cat(x1 cos - x2 sin, x2 cos + x1 sin)`, or by pairs (GPT-J). A partial
-    rotary is the same on a slice of the head. cos and sin must not carry relevance.
+    Also written out by halves, `cat(x1 cos - x2 sin, x2 cos + x1 sin)`, or by pairs (GPT-J). Pairs that come
+    out as halves (DeepSeek) are halves laid side by side first. A partial rotary is the same on a slice of the
+    head. cos and sin must not carry relevance.
     """
 
     name: ClassVar[str] = "raise_rotary"
@@ -115,7 +116,8 @@ def _parity(part: Op, size: int) -> Dim | None:
 
 
 def _by_parts(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
-    """(x1 cos - x2 sin, x2 cos + x1 sin), laid side by side or in turns, with cos and sin of half the size."""
+    """(x1 cos - x2 sin, x2 cos + x1 sin), laid side by side or in turns, with cos and sin of half the size; x1 and x2
+    are the halves of x, or (in turns, or laid side by side all the same) every other number of it."""
     parts = _joined(op.result, flow)
     if parts is None:
         return None
@@ -126,11 +128,13 @@ def _by_parts(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operan
     for x1, cos in _products(difference.operands[0], flow):
         for x2, sin in _products(difference.operands[1], flow):
             found = _whole(x1, x2, interleaved, flow)
-            if found is None or _carries(cos, carrying) or _carries(sin, carrying):
+            apart = found is None and not interleaved and _whole(x1, x2, True, flow) is not None
+            if not (found or apart) or _carries(cos, carrying) or _carries(sin, carrying):
                 continue
             wanted = [{x2, cos}, {x1, sin}]
             if any([set(p) for p in pair] == wanted for pair in _sums(total, flow)):
-                return at.rotary(found[0], _doubled(at, cos, interleaved), _doubled(at, sin, interleaved),
+                x = found[0] if found else at.cat(x1, x2, dim=axis(type_of(x1).rank, -1))
+                return at.rotary(x, _doubled(at, cos, interleaved), _doubled(at, sin, interleaved),
                                  interleaved=interleaved)
     return None
 

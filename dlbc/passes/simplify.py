@@ -68,6 +68,8 @@ def _is_zero(op: Op, flow: Dataflow) -> bool:
         return False
     if op.name in _ZERO_TO_ZERO or op.name in ("div", "safe_div"):
         return isinstance(op.operands[0], Value) and _zero(op.operands[0], flow)
+    if op.name == "expert_linear":
+        return len(op.operands) == 3 and _zero(op.operands[0], flow)
     if op.name in _BILINEAR:
         biased = op.name not in ("mul", "matmul", "einsum", "rotary") and len(op.operands) > 2
         return not biased and any(_zero(o, flow) for o in op.operands)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Op, Operand, Type, Value, values
 from dlbc.ir.dims import Dim
-from dlbc.ir.ops import OPS, attr, axis
+from dlbc.ir.ops import OPS, attr, axes, axis
 from dlbc.passes.rewrite import users
 
 
@@ -123,6 +123,13 @@ class Sinking:
             return bool(last and isinstance(depth, int) and isinstance(first, Value) and place is not None
                         and op.result.type.rank - depth > place and self._position_axis(first) == place
                         and all(not isinstance(v, Value) or self._position_axis(v) is None for v in op.operands[1:]))
+        if op.name in ("expert_linear", "combine"):
+            return place == 1 and all(isinstance(v, Value) and self._position_axis(v) == 1 for v in op.operands[:2])
+        if op.name in ("sum", "slice"):
+            first = op.operands[0]
+            assert isinstance(first, Value)
+            worked_on = axes(first.type.rank, attr(op, "dims" if op.name == "sum" else "dim"))
+            return place == 1 and self._position_axis(first) == 1 and min(worked_on) > 1
         if op.name == "permute":
             first = op.operands[0]
             return isinstance(first, Value) and self._position_axis(first) is not None and \
@@ -156,7 +163,7 @@ class Sinking:
     def _attention(self, op: Op, operands: list[Operand]) -> Value:
         """Attention with selected queries: what `causal` and `window` said becomes a mask by position."""
         at, (q, k, v, *rest) = self.at, operands
-        mask = rest[0] if rest else None
+        mask, *sinks = rest or [None]
         causal, window = attr(op, "causal"), attr(op, "window")
         if isinstance(mask, Value) and mask.type.rank >= 2 and mask.type.shape[-2] != 1:
             mask = self._select_mask(mask)
@@ -169,7 +176,7 @@ class Sinking:
                 seen = near if seen is None else at.logical_and(seen, near)
             mask = self._joined(seen, mask)
         kept = {n: v for n, v in op.attrs.items() if n not in ("causal", "window")}
-        return at.attention(q, k, v, mask, result=op.result.name, **kept)
+        return at.attention(q, k, v, mask, *sinks, result=op.result.name, **kept)
 
     def _joined(self, seen: Value | None, mask: Operand) -> Operand:
         if not isinstance(mask, Value) or seen is None:

@@ -66,12 +66,12 @@ def _matmul(op: Op) -> Links | None:
 
 
 def _weights(op: Op) -> Links | None:
-    q, k, *mask = op.operands
+    q, k, *rest = op.operands
     if len(_shape(q)) != 4 or len(_shape(k)) != 4:
         return None
     (b, h, t, _), (_, _, u, _) = _shape(q), _shape(k)
-    return Links(((0, 1, 2, None), (0, None, 3, None), *(_broadcast(_shape(m), (b, h, t, u)) for m in mask)),
-                 (0, 1, 2, 3))
+    masks = tuple(_broadcast(_shape(mask), (b, h, t, u)) for mask in rest[:1])
+    return Links(((0, 1, 2, None), (0, None, 3, None), *masks, *((1,) for _ in rest[1:])), (0, 1, 2, 3))
 
 
 def _permute(op: Op) -> Links:

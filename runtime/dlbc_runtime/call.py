@@ -13,6 +13,8 @@ import numpy as np
 
 from dlbc_runtime.arrays import NOTHING, Array, Arrays, as_numpy
 from dlbc_runtime.errors import InputError
+from dlbc_runtime.expert_layer import ExpertLayer
+from dlbc_runtime.experts import Experts
 from dlbc_runtime.explained import Explained, Meaning, Method
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger, ledger_of
@@ -85,14 +87,15 @@ class Call:
         positive, negative = self._streams(manifest, named)
         single = {name: self._found(value if not positive else positive[name] - negative[name])
                   for name, value in named.items()}
-        activations = dict(zip(manifest.nodes, results[len(manifest.outputs.names):], strict=False))
+        inner = results[len(manifest.outputs.names):]
+        activations = dict(zip(manifest.nodes, inner[2 * len(manifest.experts):], strict=False))
         return Explanation(
             outputs=Arrays(outputs), relevance=Arrays({n: single[n] for n in manifest.explained}),
             inputs=Arrays(self.inputs), target=explained,
             nodes=Arrays({n: single[n] for n in manifest.nodes}) if manifest.nodes else NOTHING,
             activations=Arrays(activations) if activations else NOTHING,
             rules=manifest.composite, many_targets=self.many, ledger_source=self.ledger,
-            draw_source=explainer.draw,
+            draw_source=explainer.draw, experts=self._experts(manifest, inner, relevance[count:]),
             positive=Arrays({n: self._found(positive[n]) for n in manifest.explained}) if positive else NOTHING,
             negative=Arrays({n: self._found(negative[n]) for n in manifest.explained}) if negative else NOTHING,
             method=Method(manifest.model, manifest.backend, self.multiplier,
@@ -105,6 +108,29 @@ class Call:
             return {}, {}
         count = len(self.targets)
         return {n: v[:count] for n, v in named.items()}, {n: v[count:] for n, v in named.items()}
+
+    def _experts(self, manifest: Manifest, inner: Sequence[Any], relevance: Sequence[Any]) -> Experts | None:
+        """What is known of the experts: ids and weights of the model's layers, and the relevance of each."""
+        if not manifest.experts:
+            return None
+        visible = self._visible()
+        chosen, found, layers = iter(inner), iter(relevance), []
+        for spec in manifest.experts:
+            own = [self._found(self._difference(manifest, next(found))) for _ in range(1 + spec.shared)]
+            layers.append(ExpertLayer.of(spec, next(chosen), next(chosen), *own, many_targets=self.many,
+                                         visible=visible))
+        return Experts(tuple(layers))
+
+    def _visible(self) -> Array | None:
+        """Which tokens the attention mask shows, bool [B, T]; None without a mask."""
+        mask = next((value for name, value in self.inputs.items()
+                     if "attention_mask" in name and value.ndim == 2), None)
+        return None if mask is None else as_numpy(mask) != 0
+
+    def _difference(self, manifest: Manifest, value: Any) -> Any:
+        """Of contrastive rules the relevance of targets less that of their rivals."""
+        count = len(self.targets)
+        return value if manifest.streams == 1 else value[:count] - value[count:]
 
     def _found(self, value: Any) -> Any:
         """Relevance [targets, ...] as it is returned: scaled, of one target without the first axis."""

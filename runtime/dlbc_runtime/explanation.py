@@ -12,15 +12,16 @@ import numpy as np
 
 from dlbc_runtime.arrays import NOTHING, Array, Arrays, Json, as_numpy
 from dlbc_runtime.errors import InputError
+from dlbc_runtime.expert_layer import Order
+from dlbc_runtime.experts import Experts
 from dlbc_runtime.explained import Attribution, Explained, Meaning, Method
 from dlbc_runtime.ledger import Ledger
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Arrays", "Attribution", "Explained", "Explanation", "Method"]
+__all__ = ["Arrays", "Attribution", "Explained", "Explanation", "Method", "Order"]
 
-Order = Literal["absolute", "positive", "negative"]
 Labels = Sequence[str] | Mapping[int, str] | Callable[[int], str]
 
 
@@ -73,6 +74,7 @@ class Explanation:
     sinks: Mapping[str, Array] = field(default_factory=_nothing)
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     draw_source: Callable[..., Path] | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for group in _GROUPS:
@@ -82,6 +84,9 @@ class Explanation:
             object.__setattr__(self, "target", tuple(self.target))
         if self.ledger_source is not None and not isinstance(self.ledger_source, _Once):
             object.__setattr__(self, "ledger_source", _Once(self.ledger_source))
+        if self.experts is not None:
+            object.__setattr__(self, "experts", self.experts.named(
+                self.tokens, next(iter(self.lengths.values()), None), self.target))
         for name in self.relevance:
             shape = _shape(self.relevance, name)
             input_shape = _shape(self.inputs, name) if name in self.inputs else shape[int(self.many_targets):]

@@ -17,6 +17,8 @@ import numpy as np
 
 from dlbc_runtime.arrays import Array, Arrays, Json, array_from_json, array_to_json
 from dlbc_runtime.errors import ArtifactError, InputError
+from dlbc_runtime.experts_file import GROUP as EXPERTS
+from dlbc_runtime.experts_file import arrays_of, described, experts_of
 from dlbc_runtime.explained import Explained, Method
 from dlbc_runtime.explanation import Explanation, known
 from dlbc_runtime.ledger import Ledger, number_from_json, number_to_json
@@ -107,7 +109,7 @@ def _chosen(explanation: Explanation, complete: bool) -> tuple[dict[str, Array],
                 omitted.append(f"{group}/{name}")
     for row, image in enumerate(explanation.images or ()):
         chosen[f"images/{row}"] = image
-    return chosen, omitted
+    return {**chosen, **arrays_of(explanation.experts)}, omitted
 
 
 def _description(explanation: Explanation, omitted: list[str]) -> dict[str, Json]:
@@ -123,6 +125,7 @@ def _description(explanation: Explanation, omitted: list[str]) -> dict[str, Json
         "lengths": {name: list(lengths) for name, lengths in explanation.lengths.items()},
         "ledger": None if ledger is None else ledger.to_dict(),
         "omitted": list(omitted),
+        **described(explanation.experts),
     }
 
 
@@ -197,13 +200,13 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
     """An explanation of its description and arrays. Raises ValueError or TypeError when they do not fit."""
     if not isinstance(stored, dict):
         raise ValueError("the description is missing")
-    grouped: dict[str, dict[str, Array]] = {group: {} for group in (*GROUPS, "images")}
+    grouped: dict[str, dict[str, Array]] = {group: {} for group in (*GROUPS, "images", EXPERTS)}
     for key, array in arrays.items():
         group, _, name = key.partition("/")
         if group not in grouped or not name:
             raise ValueError(f"unknown array {key!r}")
         grouped[group][name] = array
-    images = grouped.pop("images")
+    images, experts = grouped.pop("images"), grouped.pop(EXPERTS)
     if sorted(images) != sorted(map(str, range(len(images)))):
         raise ValueError("the pictures are not numbered")
     for image in images.values():
@@ -224,7 +227,8 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> Explanation:
                   for name, names in fields_of(stored.get("features"), "features").items()},
         images=tuple(images[str(row)] for row in range(len(images))) or None,
         omitted=texts_of(stored.get("omitted"), "omitted"),
-        lengths={name: _lengths(rows) for name, rows in fields_of(stored.get("lengths", {}), "lengths").items()})
+        lengths={name: _lengths(rows) for name, rows in fields_of(stored.get("lengths", {}), "lengths").items()},
+        experts=experts_of(stored, experts, many=many))
     for name, lengths in explanation.lengths.items():
         shape: tuple[int, ...] = explanation.inputs[name].shape if name in explanation.inputs else ()
         if len(shape) < 2 or len(lengths) != shape[0] or not all(0 < length <= shape[1] for length in lengths):

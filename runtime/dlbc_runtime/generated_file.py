@@ -13,6 +13,7 @@ import numpy as np
 
 from dlbc_runtime.arrays import Array, Json, array_from_json, array_to_json
 from dlbc_runtime.errors import ArtifactError, InputError
+from dlbc_runtime.experts_file import GROUP, arrays_of, described, experts_of
 from dlbc_runtime.explanation_file import (
     ForeignError,
     digest_of,
@@ -82,14 +83,14 @@ def to_dict(found: GenerationExplanation) -> dict[str, Json]:
 def _arrays(found: GenerationExplanation) -> dict[str, Array]:
     named = {name: getattr(found, name) for name in (*ARRAYS, *MAYBE)}
     return {**{name: array for name, array in named.items() if array is not None},
-            **{f"layers/{name}": array for name, array in found.layers.items()}}
+            **{f"layers/{name}": array for name, array in found.layers.items()}, **arrays_of(found.experts)}
 
 
 def _description(found: GenerationExplanation) -> dict[str, Json]:
     return {"format": FORMAT, "version": VERSION, "prompt_length": found.prompt_length, "finished": found.finished,
             **{name: getattr(found, name) for name in PLAIN},
             **{name: list(getattr(found, name)) for name in TEXTS},
-            "layers": list(found.layers), "method": method_to_json(found.method),
+            **described(found.experts), "layers": list(found.layers), "method": method_to_json(found.method),
             "alternatives": [[[i, text, number_to_json(p)] for i, text, p in each] for each in found.alternatives]}
 
 
@@ -124,6 +125,8 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> GenerationExplanat
         raise ValueError(f"written in version {fields.get('version')!r} of the format, this is version {VERSION}")
     layers = texts_of(fields.get("layers"), "layers")
     kinds = {**ARRAYS, **MAYBE, **{f"layers/{name}": "f" for name in layers}}
+    own = {name: array for name, array in arrays.items() if name.startswith(f"{GROUP}/")}
+    arrays = {name: array for name, array in arrays.items() if name not in own}
     for name, array in arrays.items():
         if name not in kinds or array.dtype.kind not in kinds[name]:
             raise ValueError(f"an array {name!r} of {array.dtype}")
@@ -141,6 +144,7 @@ def _from_parts(stored: Json, arrays: Mapping[str, Array]) -> GenerationExplanat
         **plain, **{name: texts_of(fields.get(name), name) for name in TEXTS},  # type: ignore[arg-type]
         prompt_length=prompt, finished=finished, layers={name: arrays[f"layers/{name}"] for name in layers},
         method=method_from_json(fields.get("method")),
+        experts=experts_of(fields, {name.partition("/")[2]: array for name, array in own.items()}, many=True),
         alternatives=tuple(tuple(map(_alternative, items_of(each, "alternatives")))
                            for each in items_of(fields.get("alternatives"), "alternatives")))
 

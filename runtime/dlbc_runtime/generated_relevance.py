@@ -19,6 +19,7 @@ import numpy as np
 from dlbc_runtime.arrays import Array, as_numpy
 from dlbc_runtime.call import Call, check_contrastive
 from dlbc_runtime.errors import InputError
+from dlbc_runtime.experts import Experts
 from dlbc_runtime.explained import Method
 from dlbc_runtime.parts import size_of
 from dlbc_runtime.program import Manifest
@@ -108,6 +109,7 @@ class Found:
     probabilities: dict[int, float] = field(default_factory=dict)
     alternatives: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     method: Method = field(default_factory=Method)
+    experts: list[Experts] = field(default_factory=list)
 
     def relevance(self, length: int) -> Array:
         """[N', length]: each row is continued by zeros, which is what tokens from its own on have to do with it."""
@@ -117,6 +119,13 @@ class Found:
         """The same of each layer."""
         names = self.layers[0] if self.layers else {}
         return {name: _filled([one[name] for one in self.layers], length) for name in names}
+
+    def by_expert(self, order: Array, length: int) -> Experts | None:
+        """The experts of all rows, in an order, of a sequence of that length; None where there are none."""
+        if not self.experts:
+            return None
+        whole = Experts.joined(self.experts, "targets")
+        return whole.of_targets(order).lengthened(length)
 
 
 def explained(explainer: Explainer, text: Text, numbers: Sequence[int], asked: Asked, keep: str | None,
@@ -209,6 +218,8 @@ def _explain(explainer: Explainer, text: Text, group: Sequence[int], asked: Aske
         found.values.append(_value(one.value, one.against, own.outputs[manifest.output][0], row, manifest, text, group))
         if one.against is not None:
             found.against.append(one.against)
+    if own.experts is not None:
+        found.experts.append(own.experts)
     seconds = {stage: found.method.seconds.get(stage, 0.0) + time for stage, time in own.method.seconds.items()}
     found.method = replace(own.method, seconds={**found.method.seconds, **seconds})
 

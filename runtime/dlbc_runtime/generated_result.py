@@ -87,7 +87,8 @@ class Making:
             source_ids=text.source, source_tokens=() if text.source is None else texts_of(text.source, self.tokenizer),
             source_relevance=None if text.source is None else np.array(found.source, np.float32).reshape(
                 -1, len(text.source))[order],
-            strategy=self.strategy, rules=self.explainer.manifest.composite, method=method, finished=finished)
+            experts=found.by_expert(order, len(text.ids)), strategy=self.strategy,
+            rules=self.explainer.manifest.composite, method=method, finished=finished)
         return made if self.asked.sinks == "keep" else made.with_sinks("apart")
 
     def _possible(self, text: Text) -> tuple[list[int], list[str]]:

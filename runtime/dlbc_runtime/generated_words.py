@@ -55,7 +55,7 @@ def merged(found: GenerationExplanation) -> GenerationExplanation:
         against=None if found.against is None else found.against[np.argmax(rows > 0, 1)],
         against_tokens=tuple(found.against_tokens[int(row)] for row in np.argmax(rows > 0, 1))
         if found.against_tokens else (),
-        source_ids=None if found.source_ids is None else found.source_ids[source_spans[:, 0]],
+        experts=None, source_ids=None if found.source_ids is None else found.source_ids[source_spans[:, 0]],
         source_tokens=_joined(found.source_tokens, source_spans),
         source_relevance=None if source is None else np.asarray(
             rows @ source @ _sums(source_spans, source.shape[1]), np.float32))

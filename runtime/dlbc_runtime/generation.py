@@ -11,7 +11,8 @@ import numpy as np
 
 from dlbc_runtime.arrays import Array, Arrays, Json
 from dlbc_runtime.errors import InputError
-from dlbc_runtime.explained import Attribution, Method
+from dlbc_runtime.experts import Experts
+from dlbc_runtime.explained import Attribution, Explained, Method
 from dlbc_runtime.explanation import Order, strongest
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class GenerationExplanation:
     `against`: int64 [N'], the tokens compared with, or None; `against_tokens`: their text.
     `sinks`: float32 [N'], the relevance of the first token, where it was taken apart; None where `relevance` has it.
     `source_*`: of an encoder-decoder the encoder's input, [N', T_source]; `ids` is what the decoder read and wrote.
+    `experts`: of a mixture of experts the relevance that experts got, for each explained token: its targets are the
+    explained tokens, in order, its one row the sequence; None for other models, and for words.
     `spans`: int64 [T, 2] for words, the tokens that each was made of (`words()`); None for tokens.
     `finished`: False for a run that was interrupted; it holds what was finished.
     """
@@ -69,6 +72,7 @@ class GenerationExplanation:
     rules: str = ""
     method: Method = field(default_factory=Method)
     finished: bool = True
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Arrays):
@@ -89,6 +93,9 @@ class GenerationExplanation:
             shapes.append(("source_relevance", self.source_relevance.shape, (rows, len(self.source_tokens))))
         if self.spans is not None:
             shapes.append(("spans", self.spans.shape, (length, 2)))
+        if self.experts is not None:
+            shapes.append(("experts", (self.experts.seeds, self.experts.rows), (rows, 1)))
+            object.__setattr__(self, "experts", self._named(self.experts))
         for name, found, wanted in shapes:
             if found != wanted:
                 raise InputError(f"{name} has shape {list(found)}, not {list(wanted)}", where="GenerationExplanation",
@@ -96,6 +103,13 @@ class GenerationExplanation:
         if not 0 <= self.prompt_length <= length or ((self.explained < 0) | (self.explained >= new)).any():
             raise InputError(f"{new} tokens are new, and {self.explained.tolist()} explained",
                              where="GenerationExplanation", hint="explained numbers new tokens, the first of them 0")
+
+    def _named(self, experts: Experts) -> Experts:
+        """The experts with what is known of the tokens."""
+        target = tuple(Explained(0, row, index=int(self.ids[place]), position=int(place) - 1,
+                                 value=float(value), label=self.tokens[place])
+                       for row, (place, value) in enumerate(zip(self.positions(), self.values, strict=False)))
+        return experts.named((self.tokens,), None, target)
 
     # What it is about
 

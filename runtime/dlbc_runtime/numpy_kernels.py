@@ -16,6 +16,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dlbc_runtime import interpolation, streams
+from dlbc_runtime.numpy_experts import (  # noqa: F401  generated code calls them
+    combine,
+    expert_linear,
+    expert_order,
+    grouped_linear,
+    route_topk,
+)
 from dlbc_runtime.numpy_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
 
 Array: TypeAlias = "NDArray[Any]"
@@ -106,7 +113,7 @@ def gelu(x: Array, approximate: str) -> Array:
 
 _GATES: dict[str, Callable[[Array], Array]] = {
     "silu": silu, "gelu": lambda x: gelu(x, "none"), "gelu_tanh": lambda x: gelu(x, "tanh"),
-    "relu": lambda x: np.maximum(x, 0), "sigmoid": sigmoid, "tanh": np.tanh,
+    "gelu_quick": lambda x: gelu(x, "quick"), "relu": lambda x: np.maximum(x, 0), "sigmoid": sigmoid, "tanh": np.tanh,
 }
 
 
@@ -511,20 +518,20 @@ def _zeros_like(shape: tuple[int, ...], x: Array) -> Array:
     return np.zeros(shape, x.dtype)
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array | None, *, scale: float, causal: bool = False,
-              window: int | None = None, softcap: float | None = None) -> Array:
+def attention(q: Array, k: Array, v: Array, mask: Array | None, sinks: Array | None = None, *, scale: float,
+              causal: bool = False, window: int | None = None, softcap: float | None = None) -> Array:
     """`softmax(softcap(q k^T scale) + mask) v`, by blocks of rows; a row that sees nothing is 0. See `attention`."""
     def block(given: list[Array]) -> tuple[Array]:
         (q, k, v), mask = given[:3], given[3] if len(given) == 4 else None
-        weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
+        weights = attention_weights(q, k, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
         return (_grouped(weights, v),)
 
     return np.asarray(streams.attend(block, q, k, v, mask, _zeros_like, width=q.shape[0] * q.shape[1] * k.shape[2],
                                      causal=causal, window=window))
 
 
-def attention_weights(q: Array, k: Array, mask: Array | None, *, scale: float, causal: bool = False,
-                      window: int | None = None, softcap: float | None = None) -> Array:
+def attention_weights(q: Array, k: Array, mask: Array | None, sinks: Array | None = None, *, scale: float,
+                      causal: bool = False, window: int | None = None, softcap: float | None = None) -> Array:
     """The softmax of `attention`, [B, H, T, U]; 0 where masked, a row that sees nothing included."""
     scores = _grouped(q, k.swapaxes(-1, -2)) * scale
     if softcap is not None:
@@ -536,8 +543,14 @@ def attention_weights(q: Array, k: Array, mask: Array | None, *, scale: float, c
         scores = scores + mask.astype(scores.dtype, copy=False)
     scores = np.where(visible, scores, np.asarray(-math.inf, scores.dtype))
     top = scores.max(axis=-1, keepdims=True)
-    raised = np.exp(scores - np.where(np.isfinite(top), top, np.zeros((), top.dtype)))
+    if sinks is not None:
+        sinks = sinks.astype(scores.dtype, copy=False)[:, None, None]
+        top = np.maximum(top, sinks)
+    top = np.where(np.isfinite(top), top, np.zeros((), top.dtype))
+    raised = np.exp(scores - top)
     total = raised.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks - top)
     return np.asarray(raised / np.where(total == 0, np.ones((), total.dtype), total))
 
 

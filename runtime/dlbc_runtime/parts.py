@@ -15,6 +15,7 @@ import numpy as np
 
 from dlbc_runtime.arrays import Array, Arrays, as_numpy
 from dlbc_runtime.errors import ArtifactError, InputError
+from dlbc_runtime.experts import Experts
 from dlbc_runtime.explained import Explained
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.ledger import Ledger
@@ -231,6 +232,7 @@ def _in_parts(call: Call, calls: Sequence[Call], rows: int, count: int) -> Expla
     whole: dict[str, dict[str, Array]] = {group: {} for group in groups}
     targets: list[Explained] = []
     seconds: dict[str, float] = {}
+    experts: list[Experts] = []
     for number, part in enumerate(calls):
         found, own = part.run(), slice(number * rows, min((number + 1) * rows, count))
         for group, axis in groups.items():
@@ -239,6 +241,7 @@ def _in_parts(call: Call, calls: Sequence[Call], rows: int, count: int) -> Expla
                 into = whole[group].setdefault(name, np.empty(shape, array.dtype))
                 into[(slice(None),) * axis + (own,)] = array
         targets += [replace(one, row=one.row + own.start) for one in found.target]
+        experts += [] if found.experts is None else [found.experts]
         for stage, time in found.method.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + time
 
@@ -248,6 +251,7 @@ def _in_parts(call: Call, calls: Sequence[Call], rows: int, count: int) -> Expla
 
     return replace(found, inputs=Arrays(call.inputs), ledger_source=ledger,
                    target=tuple(sorted(targets, key=lambda one: (one.seed, one.row))),
+                   experts=Experts.joined(experts, "rows") if experts else None,
                    method=replace(found.method, seconds=seconds), outputs=Arrays(whole["outputs"]),
                    relevance=Arrays(whole["relevance"]), positive=Arrays(whole["positive"]),
                    negative=Arrays(whole["negative"]))

@@ -1,6 +1,7 @@
 """Causal models: what stands after the last explained position has no part in it, so it is not computed.
 
-The compiler proves which models are causal (`Manifest.causal`). Relevance of what is left out is 0, exactly.
+The compiler proves which models are causal (`Manifest.causal`). Relevance of what is left out is 0, exactly, and which
+experts it would be routed to is not known.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def lengthened(found: Explanation, call: Call, manifest: Manifest) -> Explanatio
         return Arrays({name: _filled(array, call.inputs[name], int(call.many)) if _axes(specs[name], manifest.causal)
                        else array for name, array in arrays.items()})
 
+    length = next(call.inputs[spec.name].shape[axes[0]] for spec in manifest.inputs.tensors
+                  if (axes := _axes(spec, manifest.causal)))
     return replace(found, inputs=Arrays(call.inputs), relevance=whole(found.relevance), positive=whole(found.positive),
-                   negative=whole(found.negative))
+                   negative=whole(found.negative),
+                   experts=None if found.experts is None else found.experts.lengthened(length))
 
 
 def _axes(spec: TensorSpec, size: str) -> tuple[int, ...] | None:

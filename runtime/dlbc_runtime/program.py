@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from dlbc_runtime.bounds import Bounds
+from dlbc_runtime.expert_layer import ExpertSpec
 from dlbc_runtime.memory import Plan
 from dlbc_runtime.module import load_module
 from dlbc_runtime.signature import InputSpec, OutputSpec
@@ -121,6 +122,8 @@ class Manifest:
     """The size of the sequence where no position knows a later one; "" where that is not sure."""
     work: tuple[WorkRow, ...] = ()
     """What runs where, of backends that write kernels; else everything is the array library's."""
+    experts: tuple[ExpertSpec, ...] = ()
+    """The layers of experts whose ids, weights and relevance are returned, in order."""
     pad: int = 0
     """The token id that rows of token ids are padded by."""
 
@@ -139,7 +142,7 @@ class Manifest:
             "rules": [[r.place, r.op, r.rule] for r in self.rules],
             "static": dict(self.static), "versions": dict(self.versions),
             "memory": self.memory.to_json(), "batch": self.batch, "pad": self.pad, "causal": self.causal,
-            "work": [row.to_json() for row in self.work]}
+            "work": [row.to_json() for row in self.work], "experts": [spec.to_json() for spec in self.experts]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Manifest:
@@ -158,7 +161,8 @@ class Manifest:
             reference=str(data["reference"]), references=tuple(map(bool, data["references"])),
             bounds=tuple(map(Bounds.from_json, data["bounds"])), memory=Plan.from_json(data["memory"]),
             batch=str(data["batch"]), pad=int(data["pad"]), causal=str(data["causal"]),
-            work=tuple(map(WorkRow.from_json, data["work"])))
+            work=tuple(map(WorkRow.from_json, data["work"])),
+            experts=tuple(map(ExpertSpec.from_json, data["experts"])))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+
 from dlbc_runtime.arrays import Array
 from dlbc_runtime.tasks_kinds import Task
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 _ASK = {"scores_trace": "return_scores=True", "relevance_trace": "return_relevance=True",
         "layerwise_output_trace": "return_layerwise_output=True", "save_path": "save_relevance=True"}
 _KEYS = ("task", "node_io", "relevance", "relevance_computed", "predictions", "generated_ids", "scores_trace",
-         "relevance_trace", "layerwise_output_trace", "save_path")
+         "relevance_trace", "layerwise_output_trace", "save_path", "all_layer_expert_relevance")
 Trace = list[dict[str, Array]]
 
 
@@ -36,6 +38,8 @@ class TaskResult(Mapping[str, Any]):
     generated, one sequence after the other. `relevance_trace`: relevance [1, T] by input of what was there by then.
     `layerwise_output_trace`: by module what it gave at that step. `scores_trace`: "output" the predictions; of a
     generated token its "ids" and "probabilities", the chosen one first and then the likeliest others.
+    `all_layer_expert_relevance`: of a mixture of experts, by layer the relevance of each expert, float64 [experts],
+    over all that was explained; by token and target it is in `explanation.experts`.
     `explanation`: an `Explanation`, or a `GenerationExplanation` for each sequence.
     """
 
@@ -55,7 +59,8 @@ class TaskResult(Mapping[str, Any]):
     @overload
     def __getitem__(self, key: Literal["task"], /) -> Task: ...
     @overload
-    def __getitem__(self, key: Literal["node_io", "relevance"], /) -> Mapping[str, Array]: ...
+    def __getitem__(self, key: Literal["node_io", "relevance", "all_layer_expert_relevance"], /
+                    ) -> Mapping[str, Array]: ...
     @overload
     def __getitem__(self, key: Literal["relevance_computed"], /) -> bool: ...
     @overload
@@ -79,6 +84,12 @@ class TaskResult(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    @property
+    def all_layer_expert_relevance(self) -> Mapping[str, Array] | None:
+        """The relevance of each expert by layer, float64 [experts]; None for a model without experts."""
+        found = [one.experts.all_layer_expert_relevance() for one in self.explanations if one.experts is not None]
+        return {place: np.sum([one[place] for one in found], axis=0) for place in found[0]} if found else None
 
     @property
     def explanations(self) -> tuple[Any, ...]:

@@ -16,6 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlbc_runtime import interpolation, streams
+from dlbc_runtime.torch_experts import (  # noqa: F401  generated code calls them
+    combine,
+    expert_linear,
+    expert_order,
+    grouped_linear,
+    route_topk,
+)
 from dlbc_runtime.torch_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
 
 SMALL = 4096
@@ -152,29 +159,63 @@ def _zeros_like(shape: tuple[int, ...], x: Tensor) -> Tensor:
     return x.new_zeros(shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False,
-              window: int | None = None, softcap: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None = None, *, scale: float,
+              causal: bool = False, window: int | None = None, softcap: float | None = None) -> Tensor:
     """`softmax(softcap(q k^T scale) + mask) v`; a row that sees nothing is 0. See the op `attention`.
 
-    By blocks of rows where their weights, or with torch's own kernel the mask, would be large.
+    By blocks of rows where their weights, or with torch's own kernel the mask, would be large. `sinks` are one more key
+    to that kernel (`_sunk`).
     """
     def block(given: list[Tensor]) -> tuple[Tensor]:
         (q, k, v), mask = given[:3], given[3] if len(given) == 4 else None
         if softcap is not None:
-            weights = attention_weights(q, k, mask, scale=scale, causal=causal, window=window, softcap=softcap)
+            weights = attention_weights(q, k, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap)
             return (_grouped(weights, v),)
         bias, blind = _bias(q, k, mask, causal, window)
+        if sinks is not None:
+            return (_sunk(q, k, v, None if bias is None else F.pad(bias, (1, 0)), sinks, scale),)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale,
                                              enable_gqa=q.shape[1] != k.shape[1])
         return (_zeroed(out, blind),)
 
+    plain = mask is None and window is None and softcap is None
+    if sinks is not None and plain and (not causal or q.shape[2] == k.shape[2]):
+        return _sunk(q, k, v, None, sinks, scale, causal)
     heads = q.shape[1] if softcap is not None else 1 if mask is None else math.prod(mask.shape[1:-2])
     return cast(Tensor, streams.attend(block, q, k, v, mask, _zeros_like, width=q.shape[0] * heads * k.shape[2],
                                        causal=causal, window=window))
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, *, scale: float, causal: bool = False,
-                      window: int | None = None, softcap: float | None = None) -> Tensor:
+def _sunk(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor, scale: float,
+          causal: bool = False) -> Tensor:
+    """Attention with one more key in front, of value 0, whose score in each head is its sink; `bias` has its column.
+
+    torch's kernel takes no such score, and a bias for each head would be as large as the weights. So the key has a
+    channel of its own, in which queries hold `sink / scale`: halves hold it in two channels, high and low. A causal
+    kernel counts from the first query and key, so that a query that is thrown away goes in front, too.
+    """
+    width, own, front = q.shape[-1], v.shape[-1], int(causal)
+    more = -(-(max(width, own) + 2) // 8) * 8  # one width for all, and one that the kernels take
+    most = torch.finfo(q.dtype).max / 4
+    wanted = (sinks.to(torch.promote_types(q.dtype, torch.float32)) / scale).clamp(-most, most)
+    high = wanted.to(q.dtype)
+    q, k, v = _widened(q, front, more), _widened(k, 1, more), _widened(v, 1, more)
+    q[..., width:width + 2] = torch.stack([high, (wanted - high).to(q.dtype)], -1)[:, None]
+    k[..., 0, width:width + 2] = 1.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out[..., front:, :own].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _widened(x: Tensor, front: int, width: int) -> Tensor:
+    """x [B, H, T, D] with rows of zeros in front, and zeros up to `width`."""
+    out = x.new_zeros(*x.shape[:2], x.shape[2] + front, width)
+    out[:, :, front:, :x.shape[-1]] = x
+    return out
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None = None, *, scale: float,
+                      causal: bool = False, window: int | None = None, softcap: float | None = None) -> Tensor:
     """The softmax of `attention`, [B, H, T, U]; 0 where masked, a row that sees nothing included."""
     scores = _grouped(q, k.mT).mul_(scale)
     if softcap is not None:
@@ -182,7 +223,14 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, *, scale: float
     bias, blind = _bias(q, k, mask, causal, window)
     if bias is not None:
         scores += bias
-    return _zeroed(torch.softmax(scores, -1), blind)
+    if sinks is None:
+        return _zeroed(torch.softmax(scores, -1), blind)
+    scores = _wide(scores)
+    sinks = sinks.to(scores.dtype)[:, None, None]
+    top = torch.maximum(scores.amax(-1, keepdim=True), sinks).clamp_(min=torch.finfo(scores.dtype).min)
+    scores = scores.sub_(top).exp_()
+    total = scores.sum(-1, keepdim=True).add_(torch.exp(sinks - top))
+    return scores.div_(total.clamp_(min=1.0)).to(q.dtype)  # the largest is 1, where anything is seen
 
 
 def _zeroed(x: Tensor, blind: Tensor | None) -> Tensor:

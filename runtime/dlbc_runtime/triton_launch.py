@@ -139,6 +139,13 @@ def blocks(rows: int, height: int, columns: int = 1, width: int = 1) -> tuple[in
     return (-(-rows // height) * -(-columns // width),)
 
 
+def expert_blocks(rows: int, seeds: int, experts: int, height: int, columns: int, width: int) -> tuple[int, ...]:
+    """The grid of programs that each write `height` rows of one expert and `width` columns: enough for any routing of
+    `rows` rows (of each seed) to experts, of which each that has rows may leave one tile unfilled."""
+    tiles = (rows * seeds + min(rows, experts) * (height - 1)) // height
+    return (tiles * -(-columns // width),)
+
+
 def chosen(tiles: Sequence[tuple[int | None, dict[str, Any]]], rows: int) -> dict[str, Any]:
     """The first tile that is for so many rows."""
     return next(tile for bound, tile in tiles if bound is None or rows <= bound)

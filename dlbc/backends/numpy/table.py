@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dlbc.backends.names import tuple_of
-from dlbc.backends.shared import COMMON, RECURRENT, is_zero, keeping_rank, reduction, single
+from dlbc.backends.shared import COMMON, EXPERTS, RECURRENT, is_zero, keeping_rank, reduction, single
 from dlbc.backends.site import Expression, Site
 
 TABLE: dict[str, Expression] = {
-    **COMMON, **RECURRENT,
+    **COMMON, **EXPERTS, **RECURRENT,
     # elementwise
     **{name: f"np.{name}({{a:t}})" for name in (
         "exp", "expm1", "log", "log1p", "sqrt", "reciprocal", "sin", "cos", "tan", "tanh", "abs", "sign", "floor",
@@ -201,6 +201,7 @@ def _norm(site: Site) -> str:
 def _attention(site: Site) -> str:
     carried = 3 if site.op.name == "attention" else 2
     operands = [*(site.typed(i) for i in range(carried)), site.x(carried)]
+    operands += [site.x(carried + 1)] if site.has(carried + 1) else []
     options = site.options("scale", "causal", "window", "softcap")
     return f"kernels.{site.op.name}({', '.join(operands)}{options})"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dlbc.backends.names import grouped, literal, tuple_of
-from dlbc.backends.shared import COMMON, RECURRENT, along, is_zero, keeping_rank, reduction, single
+from dlbc.backends.shared import COMMON, EXPERTS, RECURRENT, along, is_zero, keeping_rank, reduction, single
 from dlbc.backends.site import Expression, Site
 from dlbc.ir.core import Value
 from dlbc.ir.dims import Sym
 
 TABLE: dict[str, Expression] = {
-    **COMMON, **RECURRENT,
+    **COMMON, **EXPERTS, **RECURRENT,
     # elementwise
     **{name: f"torch.{name}({{a:t}})" for name in (
         "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "tanh", "atan",
@@ -95,6 +95,7 @@ def _gelu(site: Site) -> str:
 def _glu(site: Site) -> str:
     gate, name = site.typed(0), str(site.attr("activation"))
     written = {"gelu": f"F.gelu({gate})", "gelu_tanh": f'F.gelu({gate}, approximate="tanh")',
+               "gelu_quick": f"{gate} * torch.sigmoid(1.702 * {gate})",
                "silu": f"F.silu({gate})"}.get(name, f"torch.{name}({gate})")
     return f"{written} * {site.typed(1)}"
 
@@ -277,20 +278,21 @@ def _attention(site: Site) -> str:
     q, k, v = (site.typed(i) for i in range(3))
     (_, heads, queries, _), (_, groups, keys, _) = site.type(0).shape, site.type(1).shape
     causal = bool(site.attr("causal"))
-    plain = not site.has(3) and site.attr("window") is None and site.attr("softcap") is None
+    plain = not (site.has(3) or site.has(4)) and site.attr("window") is None and site.attr("softcap") is None
     if plain and (not causal or queries == keys):
         options = ", is_causal=True" * causal + ", enable_gqa=True" * (heads != groups)
         return f"F.scaled_dot_product_attention({q}, {k}, {v}, scale={site.text('scale')}{options})"
-    return f"kernels.attention({q}, {k}, {v}, {site.x(3)}{_attending(site)})"
+    return f"kernels.attention({q}, {k}, {v}, {site.x(3)}{_attending(site, 4)})"
 
 
 @_writes("attention_weights")
 def _attention_weights(site: Site) -> str:
-    return f"kernels.attention_weights({site.typed(0)}, {site.typed(1)}, {site.x(2)}{_attending(site)})"
+    return f"kernels.attention_weights({site.typed(0)}, {site.typed(1)}, {site.x(2)}{_attending(site, 3)})"
 
 
-def _attending(site: Site) -> str:
-    return site.options("scale", "causal", "window", "softcap")
+def _attending(site: Site, sinks: int) -> str:
+    given = f", {site.x(sinks)}" if site.has(sinks) else ""
+    return given + site.options("scale", "causal", "window", "softcap")
 
 
 @_writes("slice_adjoint")

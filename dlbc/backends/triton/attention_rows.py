@@ -97,8 +97,7 @@ class _Rows(Writer):
                 self.outer(name, before)
         for name in softmaxes:
             for seed in self.copies(name):
-                self.start(self.names[f"{name} max {seed}"], name, 'float("-inf")', before)
-                self.start(self.names[f"{name} total {seed}"], name, "0.0", before)
+                self.start(name, seed, before)
         for name in products:
             fill = {"amax": 'float("-inf")', "amin": 'float("inf")'}.get(region.definitions[name].name, "0.0")
             tile = self.tile(name)
@@ -152,8 +151,17 @@ class _Rows(Writer):
                 text = f"tl.where({self.expanded('in_k', 'k', 'rk')}, {text}, {fill})"
                 lines.append(f"{target} = {join}({target}, {REDUCTIONS[op.name]}({text}, axis=1))")
 
-    def start(self, text: str, name: str, fill: str, lines: list[str]) -> None:
-        lines.append(f"{text} = tl.full((BLOCK_R,), {fill}, tl.float32)")
+    def start(self, name: str, seed: int, lines: list[str]) -> None:
+        """The maximum and the sum of exponentials before any key: of a sink alone, or of nothing."""
+        top, total = self.names[f"{name} max {seed}"], self.names[f"{name} total {seed}"]
+        lines.append(f"{top} = tl.full((BLOCK_R,), float(\"-inf\"), tl.float32)")
+        sinks = self.region.definitions[name].operands[3:]
+        if not sinks:
+            lines.append(f"{total} = tl.full((BLOCK_R,), 0.0, tl.float32)")
+            return
+        assert isinstance(sinks[0], Value)
+        lines += [f"{top} = tl.maximum({top}, {self.wide(sinks[0].name, seed)})",
+                  f"{total} = tl.where({top} == float(\"-inf\"), 0.0, 1.0)"]
 
     def softmax(self, name: str, lines: list[str], online: Sequence[str], running: bool) -> None:
         """A tile of a softmax. While its sum is `running` it is not divided by it, and what was summed before is scaled

@@ -35,6 +35,11 @@ class Device:
     plain: float
     """Operations per second on float32 without them."""
 
+    @property
+    def hopper(self) -> bool:
+        """Whether blocks of 64 rows and more are multiplied from shared memory, by four warps together."""
+        return self.kind == "cuda" and self.arch == 90
+
 
 DEVICES = {device.name: device for device in (
     Device("sm_80", "cuda", 80, 32, 166_912, 108, 3, 1.6e12, 312e12, 19e12),

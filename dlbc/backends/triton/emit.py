@@ -20,8 +20,8 @@ TRITON = replace(
     TORCH, name="triton",
     imports=(*TORCH.imports[:2], *TORCH.imports[2:4], "import triton", "import triton.language as tl",
              "from dlbc_runtime import torch_kernels as kernels", "from dlbc_runtime import triton_math as math",
-             "from dlbc_runtime.triton_launch import KernelError, blocks, chosen, launch"),
-    reserved=("triton", "tl", "math", "blocks", "chosen", "launch", "tile", "KernelError"))
+             "from dlbc_runtime.triton_launch import KernelError, blocks, chosen, expert_blocks, launch"),
+    reserved=("triton", "tl", "math", "blocks", "chosen", "expert_blocks", "launch", "tile", "KernelError"))
 """Torch's dialect, besides kernels."""
 
 

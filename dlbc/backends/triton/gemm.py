@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dlbc.backends.triton.kernels import POINTERS, Emitted, KernelSite, launched, named, parameters, render
 from dlbc.backends.triton.pull import At, Index, Writer
-from dlbc.backends.triton.tiles import BYTES, Product, tiles
+from dlbc.backends.triton.tiles import BYTES, Product, Tile, tiles
 from dlbc.errors import UnsupportedOpError
-from dlbc.ir.core import Op, Type, Value, Weight
+from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import product
-from dlbc.ir.fusible import CHEAP, MOVES, is_product
+from dlbc.ir.fusible import CHEAP, MOVES, PRODUCTS, factors, is_product
 
 LEFT, RIGHT = frozenset("rk"), frozenset("kc")
 
@@ -20,39 +20,10 @@ LEFT, RIGHT = frozenset("rk"), frozenset("kc")
 def emit(site: KernelSite) -> Emitted:
     """The kernel and its launch."""
     writer = GemmWriter(site)
-    first = writer.products[0]
-    shape, depth = first.result.type.shape, _operand(first, 1).shape[1 if first.name == "linear" else 0]
-    lead, width = shape[:-1], shape[-1]
-    assert isinstance(depth, int) and isinstance(width, int)
-    choices = tiles(site.device, Product(width, depth, len(writer.products), writer.dots(), *writer.loads(),
-                                        writer.combined()))
-    writer.index = (*writer.rows_of(lead), At("cols", frozenset("c")))
-    conds = [At(f"rows < {writer.size(product(lead))}", frozenset("r"))]
-    if any(width % tile.columns for _, tile in choices):
-        conds.append(At(f"cols < {width}", frozenset("c")))
-    ragged = any(depth % tile.depth for _, tile in choices)
-    opening = writer.levels[0].lines
-    loop = writer.loop(tuple(conds), depth, ragged=ragged)
-    count = len(opening)
-    found = [writer.value(result, writer.index, tuple(conds)) for result in site.results]
-    for position, (result, value) in enumerate(zip(site.results, found, strict=True)):
-        writer.store(f"y{position}", result.type, writer.index, value, tuple(conds))
-    table = "".join(f"    ({bound}, {tile.options()}),\n" for bound, tile in choices)
-    source, name = named(render(
-        "gemm", parameters=parameters(writer.parameters()), fixed=writer.unspecialised(),
-        rows=writer.size(product(lead)), width=width, depth=depth, opening=opening[:count], loop=loop,
-        closing=opening[count:], accumulators=len(writer.products), table=table), "gemm")
-    rows = site.scope.text(product(lead))
-    grid = f'blocks({rows}, tile["BM"], {width}, tile["BN"])'
-    return Emitted(source, (
-        *(site.empty(result) for result in site.results),
-        f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *writer.arguments(), "**tile"])))
-
-
-def _operand(op: Op, position: int) -> Type:
-    operand = op.operands[position]
-    assert isinstance(operand, Value | Weight)
-    return operand.type
+    body, rows = writer.body(), product(writer.lead[0])
+    source, name = named(render("gemm", rows=writer.size(rows), **body), "gemm")
+    text = site.scope.text(rows)
+    return writer.launch(source, name, text, f'blocks({text}, tile["BM"], {writer.width}, tile["BN"])')
 
 
 class GemmWriter(Writer):
@@ -62,11 +33,71 @@ class GemmWriter(Writer):
         super().__init__(site)
         self.products = [op for op in site.kernel.body if is_product(op)]
         self.index: Index = ()
-        self.special = {"linear": self.accumulated, "matmul": self.accumulated}
+        self.special = dict.fromkeys(PRODUCTS, self.accumulated)
+        shape, depth = self.products[0].result.type.shape, _type(factors(self.products[0])[0]).shape[-1]
+        assert isinstance(depth, int) and isinstance(shape[-1], int)
+        self.width, self.depth = shape[-1], depth
+
+    # --- the kernel --------------------------------------------------------------------------------------
+
+    def body(self) -> dict[str, object]:
+        """What the templates of products take: the lines before, in and after the loop in depth, and what they need."""
+        choices = self.tiles()
+        self.index = (*self.rows_of(self.products[0].result.type.shape[:-1]), At("cols", frozenset("c")))
+        conds = [self.inside()]
+        if any(self.width % tile.columns for _, tile in choices):
+            conds.append(At(f"cols < {self.width}", frozenset("c")))
+        ragged = any(self.depth % tile.depth for _, tile in choices)
+        opening = self.levels[0].lines
+        loop = self.loop(tuple(conds), self.depth, ragged=ragged)
+        count = len(opening)
+        found = [self.value(result, self.index, tuple(conds)) for result in self.site.results]
+        for position, (result, value) in enumerate(zip(self.site.results, found, strict=True)):
+            self.store(f"y{position}", result.type, self.index, value, tuple(conds))
+        table = "".join(f"    ({bound}, {tile.options()}),\n" for bound, tile in choices)
+        return {"parameters": parameters(self.parameters()), "fixed": self.unspecialised(), "width": self.width,
+                "depth": self.depth, "opening": opening[:count], "loop": loop, "closing": opening[count:],
+                "accumulators": len(self.products), "table": table}
+
+    def launch(self, source: str, name: str, rows: str, grid: str) -> Emitted:
+        """The kernel and its launch, with the tile for so many rows."""
+        return Emitted(source, (
+            *(self.site.empty(result) for result in self.site.results),
+            f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *self.arguments(), "**tile"])))
+
+    def tiles(self) -> list[tuple[int | None, Tile]]:
+        """The tiles, by number of rows."""
+        return tiles(self.site.device, Product(self.width, self.depth, len(self.products), self.dots(), *self.loads(),
+                                               self.combined(), self.groups(), self.held()))
+
+    # --- what other kinds of products change ---------------------------------------------------------------
+
+    def inside(self) -> At:
+        """The condition that a row is one of the result's."""
+        return At(f"rows < {self.size(product(self.lead[0]))}", frozenset("r"))
+
+    def groups(self) -> int:
+        """How many matrices there are; tiles are chosen by the rows of one."""
+        return 1
+
+    def matrix(self, op: Op, down: At, across: At) -> Index:
+        """Where in a product's matrix the number is for a place in depth and a column of the result."""
+        return (across, down) if op.name == "linear" else (down, across)
+
+    def part(self, op: Op, at: At) -> At:
+        """What a product takes of the numbers of its matrix."""
+        return at
+
+    def bias(self, op: Op) -> tuple[Operand, Index]:
+        """A product's bias (or None), and where it is for a column of the result."""
+        return op.operands[2] if len(op.operands) > 2 else None, self.index[-1:]
+
+    # --- element types and sizes ---------------------------------------------------------------------------
 
     def dtypes(self, op: Op) -> tuple[str, str]:
         """The element types that hold a product's operands without rounding."""
-        return self.holding(op.operands[0]), self.holding(op.operands[1])
+        left, right = factors(op)
+        return self.holding(left), self.holding(right)
 
     def holding(self, operand: object) -> str:
         """The element type of what an operand is read as, where nothing that is computed of it needs more digits."""
@@ -83,18 +114,35 @@ class GemmWriter(Writer):
         """How many products of tiles a step takes: two where a float32 operand is split."""
         return sum(2 if set(self.dtypes(op)) == {"f32", "bf16"} else 1 for op in self.products)
 
+    def held(self) -> float:
+        """Numbers that a thread keeps for each number of an operand (see `Product`)."""
+        if not self.loads()[2]:
+            return float(any(self.root(operand) != operand for op in self.products for operand in factors(op)))
+        parts = {"halves": 1.5, "tf32x3": 2.0, "tf32": 1.0}
+        return sum(parts.get(self.way(self.dtypes(op)), 0.0) for op in self.products)
+
+    def way(self, types: tuple[str, str]) -> str:
+        """How numbers of two element types are multiplied: "direct", as "halves" of 16 bits, or a precision."""
+        if types in (("bf16", "bf16"), ("f16", "f16")):
+            return "direct"
+        if set(types) == {"f32", "bf16"}:
+            return "halves"
+        chosen = str(self.site.options.get("precision", "ieee"))
+        exact = set(types) != {"f32"} and chosen == "ieee" and self.site.device.kind == "cuda"
+        return "tf32x3" if exact else chosen
+
     def loads(self) -> tuple[int, int, bool]:
         """Bytes of what is read for one row and for one column, for each step in depth; and whether tensor cores
         compute."""
-        left = {self.root(op.operands[0]) for op in self.products}
-        right = {self.root(op.operands[1]) for op in self.products}
+        left = {self.root(factors(op)[0]) for op in self.products}
+        right = {self.root(factors(op)[1]) for op in self.products}
         exact = self.site.options.get("precision", "ieee") == "ieee"
         cores = not exact or all(self.dtypes(op) != ("f32", "f32") for op in self.products)
         return sum(BYTES[o.type.dtype] for o in left), sum(BYTES[o.type.dtype] for o in right), cores
 
     def combined(self) -> int:
         """How many values with one number for each result are read after the products."""
-        read = {self.root(operand) for op in self.products for operand in op.operands[:2]}
+        read = {self.root(operand) for op in self.products for operand in factors(op)}
         return sum(o not in read and o.type.rank > 1 for o in self.site.inputs) + sum(
             o in read and any(o in op.operands for op in self.site.kernel.body if op.name not in CHEAP
                               and op not in self.products) for o in self.site.inputs)
@@ -113,12 +161,13 @@ class GemmWriter(Writer):
         self.enter()
         inside = (At(f"kr < {depth}", frozenset("k")),), (At(f"kc < {depth}", frozenset("k")),)
         for number, op in enumerate(self.products):
-            x, matrix = op.operands[:2]
+            x, matrix = factors(op)
             left = self.value(x, (*self.index[:-1], At("kr", frozenset("k"))),
                               (*(c for c in conds if c.axes == {"r"}), *(inside[0] if ragged else ())))
             down, across = At("kc", frozenset("k")), At("cols", frozenset("c"))
-            right = self.value(matrix, (across, down) if op.name == "linear" else (down, across),
+            right = self.value(matrix, self.matrix(op, down, across),
                                (*(c for c in conds if c.axes == {"c"}), *(inside[1] if ragged else ())))
+            right = self.part(op, right)
             texts = (self.tile(op, 0, left, LEFT, "(BM, BK)", f"kr < {depth}" if ragged else ""),
                      self.tile(op, 1, right, RIGHT, "(BK, BN)", f"kc < {depth}" if ragged else ""))
             self.dot(number, op, *texts)
@@ -127,7 +176,7 @@ class GemmWriter(Writer):
     def tile(self, op: Op, position: int, at: At, over: frozenset[str], shape: str, inside: str) -> str:
         """A whole tile of an operand, with zeros behind the end."""
         text = at.text if at.axes == over else f"tl.broadcast_to({at.text}, {shape})"
-        if inside and not self.keeps_zero(op.operands[position]):
+        if inside and not self.keeps_zero(factors(op)[position]):
             text = f"tl.where({inside}, {text}, 0.0)"
         return text
 
@@ -144,10 +193,11 @@ class GemmWriter(Writer):
         """Add the product of two tiles to an accumulator: a float32 tile beside one of bfloat16 as the sum of two
         bfloat16 tiles, which is exact to 16 bits."""
         types, acc = self.dtypes(op), f"acc{number}"
-        if types in (("bf16", "bf16"), ("f16", "f16")):
+        way = self.way(types)
+        if way == "direct":
             kind = POINTERS[types[0]]
             self.lines.append(f"{acc} = tl.dot({left}.to({kind}), {right}.to({kind}), {acc})")
-        elif set(types) == {"f32", "bf16"}:
+        elif way == "halves":
             wide = types.index("f32")
             text = (left, right)[wide]
             high = self.let(At(f"({text}).to(tl.bfloat16)"))
@@ -157,10 +207,7 @@ class GemmWriter(Writer):
                 pair = (part, other) if wide == 0 else (other, part)
                 self.lines.append(f"{acc} = tl.dot({pair[0]}, {pair[1]}, {acc})")
         else:
-            chosen = str(self.site.options.get("precision", "ieee"))
-            if set(types) != {"f32"} and chosen == "ieee" and self.site.device.kind == "cuda":
-                chosen = "tf32x3"
-            self.lines.append(f'{acc} = tl.dot({left}, {right}, {acc}, input_precision="{chosen}")')
+            self.lines.append(f'{acc} = tl.dot({left}, {right}, {acc}, input_precision="{way}")')
 
     def accumulated(self, op: Op, value: Value, index: Index, conds: tuple[At, ...]) -> At:
         """A product's result, which is known at its own place only."""
@@ -168,8 +215,13 @@ class GemmWriter(Writer):
             raise UnsupportedOpError(f"a gemm kernel reads `{op.name}` at other places than its own",
                                      where=f"#{op.place}", hint="leave that outside of the kernel")
         at = At(f"acc{self.products.index(op)}", frozenset("rc"))
-        if len(op.operands) > 2 and op.operands[2] is not None:
-            bias = self.value(op.operands[2], index[-1:], conds)
-            at = self.let(At(f"{at.text} + {bias.text}", at.axes))
+        bias, place = self.bias(op)
+        if bias is not None:
+            at = self.let(At(f"{at.text} + {self.value(bias, place, conds).text}", at.axes))
         self.levels[-1].known[(value.name, index, conds)] = at
         return at
+
+
+def _type(operand: Operand) -> Type:
+    assert isinstance(operand, Value | Weight)
+    return operand.type

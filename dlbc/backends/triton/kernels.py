@@ -29,6 +29,7 @@ TEMPLATES: dict[str, str] = {
     "elementwise": "dlbc.backends.triton.elementwise",
     "row": "dlbc.backends.triton.row",
     "gemm": "dlbc.backends.triton.gemm",
+    "grouped": "dlbc.backends.triton.grouped",
 }
 """Where each template is: the module that has its `emit(site: KernelSite) -> Emitted`. Add a template here."""
 

@@ -43,6 +43,11 @@ class Product:
     cores: bool
     operands: int = 0
     """Values of one number for each result that are read after the products."""
+    groups: int = 1
+    """Matrices that each have rows of their own: tiles are for the rows of one."""
+    held: float = 0.0
+    """Numbers that a thread keeps for each number of an operand it multiplies, where operands go through registers:
+    what is made of it (|x|), or its parts (a float32 number as two of 16 bits). 0: from shared memory as they are."""
 
 
 SHAPES = ((16, 32, 64, 4), (16, 64, 32, 4), (16, 64, 64, 4), (16, 128, 64, 4), (32, 32, 64, 4), (32, 64, 32, 4),
@@ -51,8 +56,15 @@ SHAPES = ((16, 32, 64, 4), (16, 64, 32, 4), (16, 64, 64, 4), (16, 128, 64, 4), (
           (128, 64, 32, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8))
 """Rows, columns, depth and warps."""
 
+SHALLOW = ((16, 64, 16, 4), (32, 64, 16, 4), (64, 64, 16, 4), (64, 128, 16, 8), (64, 128, 32, 8),
+           (128, 64, 16, 8))
+"""The same, where threads hold operands: less of them in a step."""
+
 REGISTERS = 112
 """Numbers of a block that a thread can hold without keeping some in memory, as compiling showed (sm_80 to sm_90)."""
+
+OPERANDS = {True: 200, False: 224}
+"""The same for the block and what is multiplied in one step, with tensor cores and without."""
 
 BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 """The numbers of rows up to which a tile is chosen; the last is for all beyond."""
@@ -60,7 +72,8 @@ BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 
 def tiles(device: Device, what: Product) -> list[tuple[int | None, Tile]]:
     """The tile for each number of rows up to a bound; the last bound is None."""
-    fitting = [tile for shape in SHAPES if (tile := _staged(device, what, *shape)) is not None]
+    shapes = (*SHAPES, *(SHALLOW if what.held else ()))
+    fitting = [tile for shape in shapes if (tile := _staged(device, what, *shape)) is not None]
     found: list[tuple[int | None, Tile]] = []
     for bound in BOUNDS:
         best = min(fitting, key=lambda tile: (_seconds(device, what, tile, bound), -tile.rows * tile.columns))
@@ -74,9 +87,14 @@ def _staged(device: Device, what: Product, rows: int, columns: int, depth: int, 
     """The tile with as many steps in flight as shared memory holds; None where it holds none, or registers do not."""
     # What a thread holds of a block: accumulators, and beside them what they are combined with, as it arrives.
     threads = warps * device.warp
-    registers = rows * columns // threads * (what.accumulators + min(2, what.operands))
-    if min(what.left, what.right) >= 4:  # float32 by float32: tiles go through registers, in parts for tensor cores
-        registers += 3 * depth * (rows * what.left + columns * what.right) // (8 * threads)
+    results = rows * columns // threads
+    registers = results * (what.accumulators + min(2, what.operands))
+    if what.held and not (what.cores and device.hopper and rows >= 64):
+        if results * what.accumulators + _operands(what, rows, columns, depth, warps) > OPERANDS[what.cores]:
+            return None
+    elif min(what.left, what.right) >= 4:  # float32 by float32: through registers, in parts for tensor cores
+        copies = max(1, int(what.held) // 2)
+        registers += 3 * depth * copies * (rows * what.left + columns * what.right) // (8 * threads)
     if registers > REGISTERS:
         return None
     if (rows > 16 and columns > 4 * max(16, what.columns)) or depth > 2 * max(16, what.depth):
@@ -86,8 +104,25 @@ def _staged(device: Device, what: Product, rows: int, columns: int, depth: int, 
     return Tile(rows, columns, depth, warps, stages) if stages >= 1 else None
 
 
+def _operands(what: Product, rows: int, columns: int, depth: int, warps: int) -> float:
+    """Numbers of operands that a thread holds in one step: those of its own rows and columns, which threads share.
+
+    Tensor cores take 16 rows by 8 columns from a warp, the block is cut among warps as Triton does. Without them a
+    thread has 4 columns, and as many rows as its part of the block gives it.
+    """
+    if not what.cores:
+        return what.held * depth * (max(1, rows * columns // (128 * warps)) + 4)
+    down = across = 1
+    while down * across < warps:
+        if rows // (16 * down) >= columns // (16 * across) and down < rows // 16:
+            down *= 2
+        else:
+            across *= 2
+    return what.held * depth * (rows // down + columns // across) / 32
+
+
 def _seconds(device: Device, what: Product, tile: Tile, rows: int) -> float:
-    programs = -(-rows // tile.rows) * -(-what.columns // tile.columns)
+    programs = what.groups * -(-rows // tile.rows) * -(-what.columns // tile.columns)
     waves = -(-programs // device.processors)
     together = min(programs, device.processors)
     read = what.depth * (tile.rows * what.left + tile.columns * what.right)

@@ -37,7 +37,7 @@ SEEDS = symbol("S")
 LARGE = 1e38
 """What stands for infinity: the sum of two is still a float32."""
 FAMILIES = ("linear", "splitting", "sums", "products", "activations", "selections", "norms", "attention", "moves",
-            "reductions", "recurrent", "contrastive", "rotary")
+            "reductions", "recurrent", "contrastive", "rotary", "experts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,13 @@ class Grouped:
     v: Value
 
     @property
+    def sinks(self) -> Operand:
+        """The score of each head that no key has, [H]; None without."""
+        return self.op.operands[4] if len(self.op.operands) > 4 else None
+
+    @property
     def weights(self) -> Value:
-        """P [B, G, H/G * T, U]."""
+        """P [B, G, H/G * T, U]; with sinks its rows sum to less than 1."""
         names = ("scale", "causal", "window", "softcap")
         attrs = {name: attr(self.op, name) for name in names}
         p = self.at.attention_weights(*(self.at.read(o) for i, o in enumerate(self.op.operands) if i != 2), **attrs)
@@ -87,12 +92,12 @@ def attnlrp(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Cont
 @rule("attention", "attnlrp_conserving", form="M", conserves=False)
 def attnlrp_conserving(at: Expansion, op: Op, m: Value, *, eps: float = STABILISER) -> Contributions:
     """As `attnlrp`; what softmax absorbs of a head goes to that head's v: M_v c with c = 2 - sum(R_s) / sum(R_v),
-    kept within 0 and 3; the rest is the rule's.  This project.
+    kept within 0 and 3; the rest is the rule's. What a sink would get is part of that.  This project.
 
     sum(R_s) and sum(R_v) are over the rows and keys of one head. Not linear in the seed.
     """
     m = at.mul(at.stabilised(m, at.read(op.result), eps), 0.5)
-    to_q, to_k, _, *rest = _bilinear(at, op, m, share=0.5)
+    to_q, to_k, _, *rest = _bilinear(at, op, m, share=0.5, absorbs=False)
     assert to_q is not None
     to_v = at.sum(at.mul(m, at.read(op.result)), dims=(-2, -1), keepdim=True)
     to_s = at.sum(at.mul(to_q, at.read(op.operands[0])), dims=(-2, -1), keepdim=True)
@@ -164,12 +169,16 @@ def dlb_0_1(at: Expansion, op: Op, r: Value) -> Contributions:
     return spread(q, total, 0.25), spread(k, by_group, 0.25), spread(v, by_group, 0.5), *_none(op)
 
 
-def _bilinear(at: Expansion, op: Op, m: Value, *, share: float, derivative: bool = False) -> Contributions:
+def _bilinear(at: Expansion, op: Op, m: Value, *, share: float, derivative: bool = False,
+              absorbs: bool = True) -> Contributions:
     parts = grouped(at, op)
     m, p = parts.group(m), parts.weights
     to_v = at.matmul(_swapped(at, p), m)
     to_p = at.matmul(m, _swapped(at, parts.v))
-    to_s = at.mul(p, at.sub(to_p, at.sum(at.mul(p, to_p), dims=(-1,), keepdim=True)))
+    spent = at.sum(at.mul(p, to_p), dims=(-1,), keepdim=True)
+    to_s = at.mul(p, at.sub(to_p, spent))
+    if absorbs and parts.sinks is not None:
+        _absorb_sinks(at, parts, p, spent)
     slope = parts.softcap_slope()
     if slope is not None:
         cap = attr(op, "softcap")
@@ -178,6 +187,14 @@ def _bilinear(at: Expansion, op: Op, m: Value, *, share: float, derivative: bool
         to_s = at.mul(to_s, at.sub(1.0, at.mul(bent, bent)) if derivative else slope)
     to_s = at.mul(to_s, share * parts.scale)
     return (parts.ungroup(at.matmul(to_s, parts.k)), at.matmul(_swapped(at, to_s), parts.q), to_v, *_none(op))
+
+
+def _absorb_sinks(at: Expansion, parts: Grouped, p: Value, spent: Value) -> None:
+    """The sink's score is a constant of the model: R = s M_s with M_s = P (0 - sum(P M_P)), since its value is 0."""
+    left = at.sub(1.0, at.sum(p, dims=(-1,), keepdim=True))
+    heads = parts.op.result.type.shape[1]
+    scores = at.reshape(at.read(parts.sinks), shape=(heads, 1, 1))
+    at.absorb("constant", at.neg(at.mul(parts.ungroup(at.mul(spent, left)), scores)))
 
 
 def _absorb_constants(at: Expansion, op: Op, found: Sequence[Value | None]) -> None:

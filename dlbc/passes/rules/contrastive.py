@@ -117,6 +117,20 @@ def added_terms(at: Expansion, op: Op, r: Value) -> Contributions:
     return tuple(None if a is None or b is None else at.add(a, b) for a, b in zip(up, down, strict=True))
 
 
+@rule("combine", "contrastive", form="R", streams=STREAMS)
+def experts(at: Expansion, op: Op, r: Value) -> Contributions:
+    """R+ and R- each go through the positive or the negative products w_k u_k, all to the experts."""
+    u, weights = op.operands
+    assert isinstance(weights, Value | Weight)
+    products = at.mul(at.read(u), at.reshape(at.read(weights), shape=(*weights.type.shape, 1)))
+    side = _sides(at, products)
+    sums = side.mapped(lambda part: at.sum(part, dims=(-2,)))
+    share = _handed(at, r, sums, sums).mapped(
+        lambda part: at.reshape(part, shape=(*part.type.shape[:-1], 1, part.type.shape[-1])))
+    found = _products(at, share, side, r)
+    return (found, None) if at.carries(u) else (None, at.sum(found, dims=(-1,)))
+
+
 def _into(at: Expansion, op: Op, terms: Mapping[int, Sides]) -> Sides:
     """The sides of what was added by index."""
     def summed(parts: Mapping[int, Value | None]) -> Value:

@@ -18,7 +18,8 @@ from dlbc.passes.signs import known
 
 CONVS = tuple(f"conv{n}d" for n in (1, 2, 3))
 TRANSPOSED = tuple(f"conv_transpose{n}d" for n in (1, 2, 3))
-LINEAR = ("linear", "linear_rows", *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool",
+EXPERTS = ("expert_linear", "grouped_linear")
+LINEAR = ("linear", "linear_rows", *EXPERTS, *CONVS, *TRANSPOSED, "matmul", "einsum", "avg_pool", "adaptive_avg_pool",
           "interpolate", "mean", "sum", "cumsum", "rotary", "batch_norm")
 
 
@@ -106,6 +107,9 @@ def linear_map(at: Expansion, op: Op) -> LinearMap:
     if op.name in ("linear", "linear_rows", *CONVS, *TRANSPOSED):
         bias = op.operands[2] if len(op.operands) > 2 else None
         return LinearMap(at, op, 0, (at.read(op.operands[1]),), at.read(bias))
+    if op.name in EXPERTS:
+        _, _, weight, bias = (*op.operands, None)[:4]
+        return LinearMap(at, op, 0, (at.read(weight),), at.read(bias))
     if op.name == "rotary":
         return LinearMap(at, op, 0, (at.read(op.operands[1]), at.read(op.operands[2])))
     if op.name == "batch_norm":
@@ -152,7 +156,11 @@ def gradient(at: Expansion, op: Op, m: Value) -> Contributions:
 
 
 def _bias_shaped(linear: LinearMap) -> Operand:
-    """The bias aligned with y: per channel for convolutions."""
+    """The bias aligned with y: per channel for convolutions, that of each row's expert for experts."""
+    if linear.op.name == "expert_linear":
+        return linear.at.index(linear.bias, linear.op.operands[1], dims=(0,))
+    if linear.op.name == "grouped_linear":
+        return linear(linear.at.zeros(replace(linear.type, dtype="f32")))
     if linear.op.name in (*CONVS, *TRANSPOSED):
         rank = linear.op.result.type.rank
         return linear.at.reshape(linear.bias, shape=(linear.op.result.type.shape[1], *(1,) * (rank - 2)))
@@ -172,6 +180,20 @@ def _apply(linear: LinearMap, x: Operand) -> Value:
         operands.append(linear.bias)
     found: Value = getattr(linear.at, linear.op.name)(*operands, **_attrs(linear.op))
     return found
+
+
+def _apply_experts(linear: LinearMap, x: Operand) -> Value:
+    found: Value = getattr(linear.at, linear.op.name)(x, linear.op.operands[1], *linear.weights, linear.bias,
+                                                      **_attrs(linear.op))
+    return found
+
+
+def _experts_adjoint(linear: LinearMap, r: Value) -> Value:
+    """Each row by the transposed matrix of its expert, added up where all experts were given the same x."""
+    op = linear.op
+    found = getattr(linear.at, op.name)(r, op.operands[1], *linear.weights,
+                                        **{**_attrs(op), "transposed": not attr(op, "transposed")})
+    return linear.at.unbroadcast(found, linear.type)
 
 
 def _apply_rotary(linear: LinearMap, x: Operand) -> Value:
@@ -316,10 +338,11 @@ def _batch_norm_adjoint(linear: LinearMap, r: Value) -> Value:
 
 
 _FORWARD = {name: _apply for name in LINEAR} | {"rotary": _apply_rotary, "batch_norm": _apply_batch_norm,
-                                                "interpolate": _apply_interpolate}
+                                                "interpolate": _apply_interpolate,
+                                                **dict.fromkeys(EXPERTS, _apply_experts)}
 _ADJOINT = {
     "linear": _linear_adjoint, "linear_rows": _linear_rows_adjoint, "matmul": _matmul_adjoint,
-    "einsum": _einsum_adjoint,
+    "einsum": _einsum_adjoint, **dict.fromkeys(EXPERTS, _experts_adjoint),
     **dict.fromkeys(CONVS, _conv_adjoint), **dict.fromkeys(TRANSPOSED, _conv_transpose_adjoint),
     "avg_pool": _avg_pool_adjoint, "adaptive_avg_pool": _adaptive_adjoint,
     "interpolate": _interpolate_adjoint, "mean": _mean_adjoint,

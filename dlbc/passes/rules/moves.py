@@ -10,7 +10,7 @@ from dlbc.ir.ops import attr, axis
 from dlbc.passes.rules import Contributions, Expansion, only, rule
 
 MOVES = ("reshape", "permute", "expand", "slice", "select", "cat", "pad", "flip", "roll", "triangle", "gather",
-         "take", "index", "scatter", "index_put", "cast", "topk", "sort")
+         "take", "index", "scatter", "index_put", "cast", "topk", "sort", "route_topk")
 
 
 @rule("cast", "move", form="any")
@@ -141,6 +141,14 @@ def order(at: Expansion, op: Op, r: Value, _: Value | None = None) -> Contributi
     """Back to where the sorted elements came from."""
     zeros = at.full(shape=(r.type.shape[0], *_shape(op)), value=0.0, dtype="f32")
     return (at.scatter_add(zeros, _seeded_index(at, op.results[1], r), r, dim=_axis(op) + 1),)
+
+
+@rule("route_topk", "move", form="any")
+def chosen(at: Expansion, op: Op, r: Value, _: Value | None = None) -> Contributions:
+    """Back to the scores of the chosen experts; what they were chosen by, beside the scores, gets none."""
+    zeros = at.full(shape=(r.type.shape[0], *_shape(op)), value=0.0, dtype="f32")
+    found = at.scatter_add(zeros, _seeded_index(at, op.results[1], r), r, dim=r.type.rank - 1)
+    return found, *(None,) * (len(op.operands) - 1)
 
 
 def _cleared(at: Expansion, r: Value, indices: Sequence[Operand], dims: tuple[int, ...]) -> Value:

@@ -126,7 +126,8 @@ def _to_gate(at: Expansion, op: Op, m: Value, gate: Operand, up: Operand, activa
 
 def _activation(op: Op) -> tuple[str, dict[str, str]]:
     name = str(attr(op, "activation"))
-    return ("gelu", {"approximate": "tanh"}) if name == "gelu_tanh" else (name, {})
+    kind, _, approximate = name.partition("_")
+    return (kind, {"approximate": approximate}) if kind == "gelu" and approximate else (name, {})
 
 
 def _activated(at: Expansion, op: Op, gate: Operand) -> Value:

@@ -22,23 +22,32 @@ def _middle(at: Expansion, new: Operand, old: Operand) -> Value:
 
 # --- softmax ---------------------------------------------------------------------------------------------
 
-def logarithmic_means(at: Expansion, p: tuple[Value, Value], s: tuple[Operand, Operand], dim: int) -> Value:
-    """L = dP / d(log P), where log P = s - log sum exp s; P itself where the two are equal, 0 where both are 0."""
-    def log_sum(p: Value, s: Operand) -> Value:
-        """`sum P (s - log P)`, which is log sum exp s: each term but for its weight."""
-        found: Value = at.sum(at.mul(p, at.sub(s, at.log(at.clamp(p, low=TINY)))), dims=(dim,), keepdim=True)
-        return found
+def log_sum(at: Expansion, p: Value, s: Operand, dim: int, *, partial: bool = False) -> Value:
+    """`sum P (s - log P)`, which is log sum exp s: each term but for its weight. `partial`: P sums to less than 1."""
+    found: Value = at.sum(at.mul(p, at.sub(s, at.log(at.clamp(p, low=TINY)))), dims=(dim,), keepdim=True)
+    return at.safe_div(found, at.sum(p, dims=(dim,), keepdim=True)) if partial else found
 
-    change = at.sub(at.sub(*s), at.sub(log_sum(p[0], s[0]), log_sum(p[1], s[1])))
+
+def logarithmic_means(at: Expansion, p: tuple[Value, Value], s: tuple[Operand, Operand], dim: int, *,
+                      partial: bool = False) -> Value:
+    """L = dP / d(log P), where log P = s - log sum exp s; P itself where the two are equal, 0 where both are 0."""
+    new, old = (log_sum(at, *each, dim, partial=partial) for each in zip(p, s, strict=True))
+    return _means(at, p, at.sub(at.sub(*s), at.sub(new, old)))
+
+
+def _means(at: Expansion, p: tuple[Value, Value], change: Value) -> Value:
+    """dP / d(log P), with the change of log P."""
     ratio = at.safe_div(at.sub(*p), change)
     found: Value = at.where(at.le(at.abs(change), NEAR), at.mul(at.sqrt(p[0]), at.sqrt(p[1])), ratio)
     return found
 
 
-def through_softmax(at: Expansion, m: Value, means: Value, dim: int) -> Value:
-    """M_s = L (M_P - sum(L M_P) / sum(L)); `dim` counts from the end."""
+def through_softmax(at: Expansion, m: Value, means: Value, dim: int, rest: Value | None = None) -> Value:
+    """M_s = L (M_P - sum(L M_P) / sum(L)); `dim` counts from the end. `rest`: L of weights that nothing is read of."""
     weighted = at.mul(means, m)
-    centre = at.safe_div(at.sum(weighted, dims=(dim,), keepdim=True), at.sum(means, dims=(dim,), keepdim=True))
+    total = at.sum(means, dims=(dim,), keepdim=True)
+    total = total if rest is None else at.add(total, rest)
+    centre = at.safe_div(at.sum(weighted, dims=(dim,), keepdim=True), total)
     found: Value = at.sub(weighted, at.mul(means, centre))
     return found
 
@@ -86,7 +95,7 @@ def attention(at: Expansion, op: Op, ref: Op, m: Value, *, eps: float = STABILIS
     m = new.group(at.stabilised(m, at.difference(op.result), eps))
     to_v = at.matmul(_swapped(at, pair.weights), m)
     to_p = at.matmul(m, _swapped(at, _middle(at, new.v, old.v)))
-    to_s = through_softmax(at, to_p, pair.means(), -1)
+    to_s = through_softmax(at, to_p, pair.means(), -1, pair.sink_means())
     if pair.cap is not None:
         raw, capped = pair.raw, pair.scores
         change = at.sub(*raw)
@@ -175,7 +184,22 @@ class _Pair:
         return new, old
 
     def means(self) -> Value:
-        """The logarithmic means of the attention weights: an additive mask is part of the scores."""
+        """The logarithmic means of the attention weights."""
+        return logarithmic_means(self.at, self._p, self._masked(), -1, partial=self.new.sinks is not None)
+
+    def sink_means(self) -> Value | None:
+        """The logarithmic means of the sinks' weights: a sink's score is the same at the reference."""
+        at, sinks = self.at, self.new.sinks
+        if sinks is None:
+            return None
+        b, heads, rows, _ = self.op.result.type.shape
+        wide = self.new.group(at.expand(at.reshape(at.read(sinks), shape=(1, heads, 1, 1)), shape=(b, heads, rows, 1)))
+        sums = [log_sum(at, p, s, -1, partial=True) for p, s in zip(self._p, self._masked(), strict=True)]
+        new, old = (at.exp(at.clamp(at.sub(wide, total), high=0.0)) for total in sums)
+        return _means(at, (new, old), at.sub(sums[1], sums[0]))
+
+    def _masked(self) -> tuple[Value, Value]:
+        """The scores that the softmax is taken of: an additive mask is part of them."""
         at, op = self.at, self.op
         scores = self.scores
         mask = op.operands[3] if len(op.operands) > 3 else None
@@ -185,7 +209,7 @@ class _Pair:
             wide = at.expand(at.finite(at.read(mask)), shape=(b, op.result.type.shape[1], t, u))
             new, old = (at.add(score, self.new.group(wide)) for score in scores)
             scores = (new, old)
-        return logarithmic_means(at, self._p, scores, -1)
+        return scores
 
     def shares(self, r: Value) -> tuple[Value, Value]:
         """All of R_o to v, by P̄ |dv|, and to P, by |dP| |v̄|."""

@@ -12,6 +12,7 @@ import numpy as np
 from dlbc_runtime.arrays import Array, Json
 from dlbc_runtime.generated_words import word_spans
 from dlbc_runtime.generation import GenerationExplanation
+from dlbc_runtime.views import experts
 from dlbc_runtime.views.numbers import number, seconds
 from dlbc_runtime.views.page import embedded, framed, packed, rendered
 from dlbc_runtime.views.png import shades
@@ -25,9 +26,11 @@ def generation_html(explanation: GenerationExplanation, title: str = "") -> str:
     found = explanation
     several = found.spans is None and len(_words(found)) < len(found.source_tokens) + len(found.tokens)
     return rendered(
-        "generation.html.jinja", title or found.method.model or "Generation", ("generation.css",),
-        ("generation.js",), facts=_facts(found), notes=_notes(found), plain="".join(found.tokens),
-        has_words=several, has_sink=_has_sink(found), sink_kept=found.sinks is None, layers=list(found.layers),
+        "generation.html.jinja", title or found.method.model or "Generation",
+        ("generation.css", *(experts.STYLES if found.experts else ())),
+        ("parts.js", "generation.js", *(experts.SCRIPTS[1:] if found.experts else ())),
+        experts=experts.view(found.experts) if found.experts else None, facts=_facts(found), notes=_notes(found),
+        plain="".join(found.tokens), has_words=several, has_sink=_has_sink(found), sink_kept=found.sinks is None, layers=list(found.layers),
         has_source=bool(found.source_tokens), data=embedded(_data(found, several)))
 
 

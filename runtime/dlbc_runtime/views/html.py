@@ -12,7 +12,8 @@ from dlbc_runtime.arrays import Array
 from dlbc_runtime.explained import Explained
 from dlbc_runtime.explanation import Explanation, strongest
 from dlbc_runtime.ledger import Ledger
-from dlbc_runtime.views import colour
+from dlbc_runtime.views import colour, experts
+from dlbc_runtime.views.experts import ExpertsView
 from dlbc_runtime.views.numbers import number, percent, seconds, signed
 from dlbc_runtime.views.page import framed, packed, rendered
 from dlbc_runtime.views.panels import CONTRASTIVE, Card, Features, Panel, Picture, Text, cards
@@ -36,7 +37,9 @@ def report(explanations: Sequence[Explanation], title: str, path: str | Path) ->
 def page(explanations: Sequence[Explanation], title: str = "") -> str:
     """The page as text."""
     name = title or next((one.method.model for one in explanations if one.method.model), "") or "Explanation"
-    return rendered("explanation.html.jinja", name, ("explanation.css",), ("explanation.js",),
+    routed = any(one.experts for one in explanations)
+    return rendered("explanation.html.jinja", name, ("explanation.css", *(experts.STYLES if routed else ())),
+                    ("explanation.js", *(experts.SCRIPTS if routed else ())),
                     columns=[_column(explanation, place, name, several=len(explanations) > 1)
                              for place, explanation in enumerate(explanations)])
 
@@ -156,6 +159,7 @@ class Column:
     facts: tuple[tuple[str, str], ...]
     cards: tuple[CardView, ...]
     hidden: int
+    experts: ExpertsView | None
     ledger: LedgerView | None
 
 
@@ -174,6 +178,7 @@ def _column(explanation: Explanation, place: int, title: str, several: bool) -> 
                   tuple((name, text) for name, text in facts if text),
                   tuple(_card(explanation, card) for card in shown),
                   explanation.rows * explanation.seeds - len(shown),
+                  experts.view(explanation.experts) if explanation.experts else None,
                   None if explanation.ledger is None else _ledger(explanation.ledger))
 
 

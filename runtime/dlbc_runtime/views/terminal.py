@@ -44,7 +44,7 @@ def show(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8) -> N
 def render(explanation: Explanation, *, theme: Theme = "auto", rows: int = 8, listed: int | None = None
            ) -> RenderableType:
     """What `show` prints: at most `rows` batch rows, each for all its targets; `listed` bars below each."""
-    dark = theme == "dark" or (theme == "auto" and _dark_terminal())
+    dark = theme == "dark" or (theme == "auto" and dark_terminal())
     scale = colour.DARK if dark else colour.LIGHT
     parts: list[RenderableType] = []
     for card in cards(explanation):
@@ -224,7 +224,7 @@ def _on(scale: colour.Scale, strength: float) -> Style:
     return Style(color=Color.from_rgb(*scale.ink), bgcolor=Color.from_rgb(*scale.colour(float(strength))))
 
 
-def _dark_terminal() -> bool:
+def dark_terminal() -> bool:
     """Some terminals say what is behind the text ("15;0": white on black); most are dark."""
     behind = os.environ.get("COLORFGBG", "").rpartition(";")[2]
     return behind not in ("7", "15")

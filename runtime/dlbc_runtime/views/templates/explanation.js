@@ -22,11 +22,11 @@
 
   document.addEventListener("mouseover", (event) => {
     const element = event.target.closest("[data-k]");
-    if (element) show(element); else if (!event.target.closest("[data-shades]")) hide();
+    if (element) show(element); else if (!event.target.closest("[data-shades], .experts")) hide();
   });
   document.addEventListener("focusin", (event) => {
     const element = event.target.closest("[data-k]");
-    if (element) show(element); else hide();
+    if (element) show(element); else if (!event.target.closest(".experts")) hide();
   });
 
   // One tab stop per text and per bar list; arrow keys move inside, Escape puts the tooltip away.

@@ -11,26 +11,7 @@
   const form = document.querySelector(".controls");
   const slider = form.elements.layer;
 
-  // Numbers as the library writes them: three significant digits and a true minus sign.
-  const number = (value) => {
-    if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "∞" : "−∞";
-    const size = Math.abs(value);
-    const text = size >= 1000 && size < 1e6 ? value.toFixed(0)
-      : size && (size < 1e-4 || size >= 1e6) ? value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e")
-      : String(Number(value.toPrecision(3)));
-    return text.replace(/-/g, "−");
-  };
-  const signed = (value) => (value > 0 ? "+" : "") + number(value);
-  const percent = (share) => Number.isNaN(share) ? "not a number" : share > 0 && share < 0.001 ? "<0.1 %"
-    : share > 0.999 && share < 1 ? ">99.9 %"
-    : (100 * share).toFixed((share >= 0.1 && share < 0.995) || share === 1 ? 0 : 1) + " %";
-  const make = (kind, classes, text) => {
-    const element = document.createElement(kind);
-    if (classes) element.className = classes;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
-  const shown = ([text, space, breaks]) => text + "⏎".repeat(breaks) || (space ? "␣" : "∅");
+  const { number, signed, percent, make, bar, token: shown } = parts;
 
   // Units: tokens, or words made of them. Each has its tokens, and the rows that explain it.
   const rowsOf = new Map(explained.map((token, row) => [first + token, row]));
@@ -153,18 +134,6 @@
     outline(now);
   };
 
-  const bar = (name, value, relevance, t, classes) => {
-    const row = make("div", "bar " + (classes || ""));
-    row.setAttribute("role", "listitem");
-    row.append(make("span", "bar-name", name));
-    if (value !== null) row.append(make("span", "bar-value", value));
-    const track = make("span", "track");
-    const fill = make("i", t > 0 ? "f" : "a");
-    fill.style.setProperty("--t", Math.abs(t).toFixed(4));
-    track.append(fill);
-    row.append(track, make("span", "bar-relevance", relevance));
-    return row;
-  };
   const position = (one) => String(one.from < source ? one.from : one.from - source);
   const quoted = (one) => `“${one.label}”`;
   const detail = ({ i, one, from, values, full }) => {
@@ -316,7 +285,13 @@
 
   // What the pointer or the focus is on is looked at until something else is; a click keeps it, and then the pointer
   // reads its numbers.
-  const keep = (place) => { state.near = place === null ? state.kept : null; state.kept = place; paint(); };
+  const keep = (place) => {
+    state.near = place === null ? state.kept : null;
+    state.kept = place;
+    paint();
+    const experts = document.querySelector("article.experts"), row = place === null ? undefined : rowsOf.get(place);
+    if (experts && row !== undefined) experts.dispatchEvent(new CustomEvent("explains", { detail: row }));
+  };
   const take = (place) => keep(state.kept !== null && unitOf(state.kept) === unitOf(place) ? null : place);
   const over = (event) => event.target.closest && event.target.closest(".generation .word");
   const reader = at("reader");

@@ -1,0 +1,25 @@
+"""Our own operators for mixtures of experts (`expert_ops`): what loops over experts and registered forwards become."""
+
+from __future__ import annotations
+
+from dlbc.frontends.aten import Tracer, aten
+from dlbc.ir.core import Operand
+
+
+@aten("grouped_linear")
+def grouped_linear(at: Tracer, x: Operand, counts: Operand, weight: Operand, bias: Operand = None,
+                   transposed: bool = False) -> Operand:
+    """Rows by the weight of their expert: counts[e] rows for each expert e in turn."""
+    return at.grouped_linear(x, at.cumsum(counts, dim=0), weight, bias, transposed=transposed)
+
+
+@aten("expert_linear")
+def expert_linear(at: Tracer, x: Operand, ids: Operand, weight: Operand, bias: Operand = None) -> Operand:
+    """Rows by the weight of the expert that is chosen for them."""
+    return at.expert_linear(x, ids, weight, bias)
+
+
+@aten("combine")
+def combine(at: Tracer, u: Operand, weights: Operand) -> Operand:
+    """The weighted sum of what the experts say."""
+    return at.combine(u, weights)
