@@ -143,6 +143,7 @@ def mlp() -> Case:
 MODELS: dict[str, Callable[[], Case]] = {
     "LLaMA 8 x 512, 128 tokens": llama,
     "LLaMA 8 x 512, 512 tokens": lambda: llama(512),
+    "Qwen3-MoE 4 x 512, 2 of 16 experts, 128 tokens": qwen3_moe,
     "BERT-base, 8 texts of 128 tokens": bert_base,
     "ResNet-18, 4 pictures of 224 x 224": resnet18,
     "VGG-11, 4 pictures of 224 x 224": vgg11,

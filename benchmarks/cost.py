@@ -20,6 +20,7 @@ from _measure import added_memory, interleaved, kept, peak_memory, ratios, repor
 TARGETS: dict[str, dict[str, float]] = {
     "LLaMA 8 x 512, 128 tokens": {"cp-lrp": 0.75, "attnlrp": 0.9, "dlb": 1.35},
     "LLaMA 8 x 512, 512 tokens": {"cp-lrp": 0.75, "attnlrp": 0.9, "dlb": 1.3},
+    "Qwen3-MoE 4 x 512, 2 of 16 experts, 128 tokens": {"cp-lrp": 1.0, "attnlrp": 1.2, "dlb": 1.7},
     "BERT-base, 8 texts of 128 tokens": {"cp-lrp": 0.8, "dlb": 1.35},
     "ResNet-18, 4 pictures of 224 x 224": {"epsilon": 1.5, "epsilon-plus-flat": 1.6, "epsilon-gamma-box": 2.5,
                                            "dlb": 1.6},

@@ -134,11 +134,35 @@ def language(small: bool) -> list[Row]:
         for rules in ("attnlrp", "dlb"):
             ways = {backend: dlbc.compile(model, ids, rules=rules, backend=backend, cache=False)
                     for backend in ("triton", "torch")}
+            ways["triton, graphs"] = ways["triton"].with_options(cuda_graphs=True)
             runs: dict[str, Callable[[], object]] = {
                 name: (lambda found=found, ids=ids: dict(found(ids, target=7).relevance))
                 for name, found in ways.items()}
             rows.append(measured("llama-3.2-3b", {**runs, "forward + gradient": plain}, rules=rules, tokens=tokens,
                                  floor=FLOORS[rules, tokens]))
+    return rows
+
+
+def experts(small: bool) -> list[Row]:
+    """GPT-OSS-20B's widths, four layers, 1 and 512 tokens: experts by grouped kernels, beside torch's products."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    layers = ["sliding_attention", "full_attention"] * (1 if small else 2)
+    config = GptOssConfig(num_hidden_layers=len(layers), layer_types=layers,
+                          **({"hidden_size": 256, "intermediate_size": 256, "vocab_size": 1000} if small else {}))
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: Any = GptOssForCausalLM(config)
+    model = model.to(torch.bfloat16).eval()
+    rows = []
+    for tokens in (1, 512):
+        ids = torch.randint(0, 1000, (1, tokens), device="cuda")
+        ways = {backend: dlbc.compile(model, ids, rules="dlb", backend=backend, cache=False)
+                for backend in ("triton", "torch")}
+        ways["triton, graphs"] = ways["triton"].with_options(cuda_graphs=True)
+        runs: dict[str, Callable[[], object]] = {
+            name: (lambda found=found, ids=ids: dict(found(ids, target=7).relevance)) for name, found in ways.items()}
+        rows.append(measured("gpt-oss, 4 layers", runs, rules="dlb", tokens=tokens))
     return rows
 
 
@@ -216,8 +240,8 @@ def pictures(small: bool) -> list[Row]:
 
 
 CASES: dict[str, Callable[[bool], list[Row]]] = {
-    "language": language, "targets": many_targets, "long": long, "encoder": encoder, "pictures": pictures,
-    "lxt": lxt}
+    "language": language, "experts": experts, "targets": many_targets, "long": long, "encoder": encoder,
+    "pictures": pictures, "lxt": lxt}
 
 
 def facts() -> dict[str, object]:

@@ -16,6 +16,7 @@ from dlbc.ir.core import Attr, Graph, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Dim, Sym, product, symbol, symbols
 from dlbc.ir.ops import OPS
 from dlbc.passes.carriers import explained_inputs
+from dlbc.passes.record_experts import mixtures_of
 from dlbc.passes.sink_positions import sequence_output
 
 NO = -1
@@ -81,7 +82,7 @@ def batch_of(graph: Graph) -> str:
 
 def causal_length(graph: Graph, output: str = "") -> str:
     """The size T of an output [B, T, V] of which no position depends on a later one, where nothing else that the graph
-    returns has positions; else ""."""
+    returns has positions, but for the experts that they were routed to; else ""."""
     found = sequence_output(graph, output)
     if found is None or not isinstance(found[2], Sym) or not str(found[2]).isidentifier():
         return ""
@@ -90,7 +91,8 @@ def causal_length(graph: Graph, output: str = "") -> str:
         axes = _axes(graph, length, ordered=True)
     except (_Mixed, AssertionError, ValueError, TypeError):
         return ""
-    others = all(axes[v.name] == NO for v in graph.forward.results if v != chosen)
+    routed = {name for mixture in mixtures_of(graph) for name in (mixture.ids, mixture.weights)}
+    others = all(axes[v.name] == (1 if v.name in routed else NO) for v in graph.forward.results if v != chosen)
     return str(length) if axes[chosen.name] == 1 and others else ""
 
 
@@ -307,6 +309,7 @@ _RULES: Mapping[str, Callable[[_At], int]] = {
     "linear": _linear, "matmul": lambda at: _aligned(at, 2), "rotary": lambda at: _aligned(at, 1),
     "embedding": lambda at: at.first, "expand": lambda at: at.op.result.type.rank - at.type(0).rank + at.first,
     "reshape": _reshaped, "permute": _permuted, "select": _selected, "cat": _joined, "pad": _padded,
+    "route_topk": lambda at: _aligned(at, 1), "expert_linear": _mixed, "combine": _mixed,
     "gather": _gathered, "scatter": _gathered, "take": _taken, "index": _indexed, "triangle": lambda at: _kept(at, 2),
 }
 

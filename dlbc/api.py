@@ -12,6 +12,7 @@ from dlbc.compiler import compile_now
 from dlbc.errors import InputError
 from dlbc.gpu import choose
 from dlbc.options import Options
+from dlbc_runtime.cuda_graphs import require
 from dlbc_runtime.memory import as_bytes
 from dlbc_runtime.program import Variant
 from dlbc_runtime.reference import Reference
@@ -30,7 +31,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
             dump: str | os.PathLike[str] | None = None, reference: object = None,
             memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto",
-            target: str | None = None, precision: str = "ieee") -> Explainer:
+            target: str | None = None, precision: str = "ieee", cuda_graphs: bool = False) -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
@@ -52,6 +53,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `memory_budget`: bytes, or text such as "2GB", that calls may take besides the weights: they work on parts of a
     batch and of many targets, and compute forward values again, as far as needed. `checkpoint`: always compute them
     again (`docs/memory.md`).
+    `cuda_graphs`: for shapes that come again, have an NVIDIA GPU run each pass as one graph, instead of launching its
+    kernels one by one. Up to four shapes keep the memory of their passes (`docs/triton.md`).
     `precompute`: which parts of weights that rules need, such as |W|, are kept from call to call (as much memory as the
     weights they are made of, `explainer.memory().between`): "auto", those of layers with one row for each row of a
     batch, such as a classifier's; "never"; "always".
@@ -74,6 +77,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
                       None if reference is None else Reference.of(reference), precompute, architecture, precision)
     default = Variant(keep=keep, output=output, checkpoint=checkpoint)
     budget = None if memory_budget is None else as_bytes(memory_budget)
+    if cuda_graphs:
+        require(chosen, dict(model.named_parameters()), budget)
     if cache and not dump_to:
         from dlbc.cache import cached
 
@@ -81,7 +86,9 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     else:
         explainer = compile_now(model, args, kwargs, options, default)
     explainer.check(*args, **kwargs)
-    return explainer if budget is None else explainer.with_options(memory_budget=budget)
+    if budget is None and not cuda_graphs:
+        return explainer
+    return explainer.with_options(memory_budget=budget, cuda_graphs=cuda_graphs)
 
 
 def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None, *, trust: bool = False) -> Explainer:

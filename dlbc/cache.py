@@ -16,6 +16,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from dlbc.backends.triton.record import kernels_of
 from dlbc.compiler import Source, build_program, compile_now, draw
 from dlbc.errors import ArtifactError, InputError
 from dlbc.fingerprint import Fingerprint, Uncapturable
-from dlbc.frontends.expert_capture import portable_experts
+from dlbc.frontends.expert_capture import portable_experts, switches
 from dlbc.frontends.inputs import INJECTED, Signature, dynamic_axes, mapped, tensors
 from dlbc.frontends.quiet import EXPORTING
 from dlbc.frontends.registered_capture import registered
@@ -195,7 +196,7 @@ def keys_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     key.add((_versions(), asked, vars(default), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"),
              torch.is_autocast_enabled("cuda")), "options")
     key.add({name: mapped(value, name, form) for name, value in bound.items()}, "inputs")
-    with EXPORTING, portable_experts(model):  # as it is captured: which implementation the user set does not matter
+    with EXPORTING if switches(model) else nullcontext(), portable_experts(model):  # as it is captured
         key.add(model, "")
     key.add([(path, forward) for path, (_, forward) in registered(model).items()], "register_moe")
     general = key.hexdigest()

@@ -144,7 +144,8 @@ def absolute(s: Site, r: Array, one_sided: bool = False) -> Array:
 def absolute_0_1(s: Site, r: Array) -> Array:
     if s.name == "mean":
         return _through(s.matrix(0), r)
-    return absolute(s, r, one_sided=s.name in ("linear", "linear_rows", "matmul", "einsum"))
+    return absolute(s, r, one_sided=s.name in ("linear", "linear_rows", "matmul", "einsum", "expert_linear",
+                                                     "grouped_linear"))
 
 
 def _terms_by_sign(s: Site) -> tuple[Array, Array, Array]:
@@ -209,7 +210,8 @@ def flat(s: Site, r: Array) -> Array:
     elif s.name == "batch_norm":
         weights = (s.matrix(0) != 0).astype(float)
     else:
-        factors = {"rotary": (1, 2), "expert_linear": (2,), "grouped_linear": (2,)}.get(s.name, [i for i in range(len(s.x)) if i != s.only and np.ndim(s.x[i]) > 1])
+        known = {"rotary": (1, 2), "expert_linear": (2,), "grouped_linear": (2,)}
+        factors = known.get(s.name, [i for i in range(len(s.x)) if i != s.only and np.ndim(s.x[i]) > 1])
         ones = Site(**{**s.__dict__, "x": [np.ones_like(o) if i in factors else o for i, o in enumerate(s.x)]})
         weights = np.abs(ones.matrix(s.only))
     return _through(weights, over(r, _summed(weights, s)))

@@ -41,6 +41,7 @@ from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.lower import Lower
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
+from dlbc.passes.record_experts import RecordExperts
 from dlbc.passes.sink_positions import SinkPositions
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc.presets import PRESETS
@@ -139,6 +140,8 @@ def _paired(trial: Trial) -> tuple[Checker, Graph]:
     graph, check = trial.canonical, trial.checker
     composite = resolve(trial.rules, "gradient").fitted(graph)
     mean = composite.contrast == "mean"
+    if not trial.ledger and not trial.reference:
+        graph = check.step(RecordExperts(), graph)
     if trial.sinks:
         graph = check.order((SinkPositions(), EliminateDead()), graph)
         if composite.streams == 1 and not trial.reference:
@@ -155,6 +158,7 @@ def sunk(trial: Trial) -> None:
     try:
         graph = trial.canonical
         composite = resolve(trial.rules, "gradient").fitted(graph)
+        graph = graph if trial.ledger else trial.checker.step(RecordExperts(), graph)
         _hold_sink(trial.checker, SinkPositions(), graph, composite)
         if composite.streams == 1:
             _hold_sink(trial.checker, TARGETS, graph, composite)
@@ -215,12 +219,13 @@ def hold_backend(check: Checker, graph: Graph, backend: str) -> None:
 
 def _tied(check: Checker, graph: Graph) -> bool:
     """Whether a `topk` chooses among equals, which backends may do as they like."""
-    chosen = [op for op in graph.forward.ops if op.name == "topk"]
+    chosen = [op for op in graph.forward.ops if op.name in ("topk", "route_topk")]
     if not chosen:
         return False
     found = interpret(replace(graph, relevance=None), check.arrays_of(graph), check.weights).values
-    ranked = (np.sort(found[str(op.operands[0])[1:]], axis=int(str(attr(op, "dim")))) for op in chosen)
-    return any((np.diff(x, axis=int(str(attr(op, "dim")))) == 0).any() for op, x in zip(chosen, ranked, strict=True))
+    axes = [int(str(attr(op, "dim"))) if op.name == "topk" else -1 for op in chosen]
+    ranked = (np.sort(found[str(op.operands[-1])[1:]], axis=axis) for op, axis in zip(chosen, axes, strict=True))
+    return any((np.diff(x, axis=axis) == 0).any() for x, axis in zip(ranked, axes, strict=True))
 
 
 def _ran(check: Checker, graph: Graph, backend: str) -> Results:

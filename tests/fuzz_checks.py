@@ -91,7 +91,7 @@ def cases() -> st.SearchStrategy[Case]:
 
 # --- passes ------------------------------------------------------------------------------------------
 
-CHANGING = frozenset({"sink_positions", "sink_targets", "contrast", "pair", "lower"})
+CHANGING = frozenset({"sink_positions", "sink_targets", "contrast", "record_experts", "pair", "lower"})
 """Passes after which a graph computes something else, or has what it did not have before."""
 
 
@@ -163,13 +163,14 @@ def results(graph: Graph, arrays: Mapping[str, Array], weights: Mapping[str, Arr
 
 EXACT = MOVES | {"relu", "neg", "abs", "sign", "clamp", "where", "maximum", "minimum", "amax", "amin", "topk", "sort",
                  "max_with_index", "min_with_index", "max_pool", "adaptive_max_pool", "floor", "ceil", "round", "full",
-                 "arange", "negative_part"}
+                 "arange", "negative_part", "route_topk", "expert_order"}
 """Ops that give numbers as they found them: these do not round."""
 
 
 SUMS = frozenset({
     "linear", "linear_rows", "matmul", "einsum", "sum", "mean", "cumsum", "avg_pool", "adaptive_avg_pool",
-    "interpolate", "attention", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))})
+    "interpolate", "attention", "expert_linear", "grouped_linear", "combine",
+    *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))})
 
 
 def shaken(graph: Graph, arrays: Mapping[str, Array], weights: Mapping[str, Array], *, sums: bool = False,

@@ -319,10 +319,95 @@ def _place(m: Making, a: Value, b: Value) -> Value:
                    lambda: at.add(a, at.slice_(b, dim=1, stop=1)))
 
 
+def _mixture(m: Making, a: Value, b: Value) -> Value:
+    """Experts as models write them: tokens in a list or not, weights copied for each choice or rows sorted by expert,
+    several ways to choose; and forms that nearly are it."""
+    at, t = m.at, length(a)
+    k, flat, width = int(m.rng.integers(1, 4)), bool(m.rng.integers(2)), 3
+    lead: tuple[Dim, ...] = (B * t,) if flat else (B, t)
+    x, y = (at.reshape(v, shape=(*lead, D)) for v in (a, b))
+    weights, ids = _routed(m, y, k)
+    if m.rng.integers(2):
+        weights = at.div(weights, at.add(at.sum(weights, dims=(-1,), keepdim=True), 1e-9))
+    count = B * t * k
+    copies = at.expand(at.reshape(x, shape=(*lead, 1, D)), shape=(*lead, k, D))
+    pairs, chosen = at.reshape(copies, shape=(count, D)), at.reshape(ids, shape=(count,))
+    gates = at.reshape(weights, shape=(count, 1))
+    if flat and m.rng.integers(2):
+        return _sorted_mixture(m, x, chosen, gates, k, (B, t))
+    if m.rng.integers(2):
+        pairs, chosen, gates = copies, ids, at.reshape(weights, shape=(*lead, k, 1))
+    rows = chosen.type.shape
+    h = _copied(m, pairs, chosen, width * 2, bool(m.rng.integers(2)))
+    if m.rng.integers(2):
+        h = at.add(h, at.index(m.weight(4, width * 2), chosen, dims=(0,)))
+    gate, up = (at.slice_(h, dim=-1, start=i * width, stop=(i + 1) * width) for i in range(2))
+    h = _any_of(m, lambda: at.mul(at.silu(gate), up), lambda: at.relu(gate), lambda: at.mul(gate, up))
+    u = at.mul(_copied(m, h, chosen, D, bool(m.rng.integers(2))), gates)
+    assert u.type.shape == (*rows, D)
+    u = at.reshape(u, shape=(*lead, k, D))
+    summed = _any_of(m, lambda: at.sum(u, dims=(-2,)), lambda: at.sum(u, dims=(len(lead),)), lambda: at.reshape(
+        at.sum(u, dims=(-2,), keepdim=True), shape=(*lead, D)), lambda: at.amax(u, dims=(-2,)))
+    return at.reshape(summed, shape=(B, t, D))
+
+
+def _routed(m: Making, y: Value, k: int) -> tuple[Value, Value]:
+    """Weights and numbers [..., k] of the experts chosen for rows y [..., D]."""
+    at = m.at
+    scores = at.linear(y, m.weight(4, D))
+    way = int(m.rng.integers(5))
+    if way == 0:
+        weights, ids = at.op("topk", at.softmax(scores, dim=-1), k=k, dim=-1)
+    elif way == 1:
+        best, ids = at.op("topk", scores, k=k, dim=-1)
+        weights = at.softmax(best, dim=-1)
+    elif way == 2:
+        scores = at.sigmoid(scores)
+        _, ids = at.op("topk", at.add(scores, m.weight(4)), k=k, dim=-1)
+        weights = at.gather(scores, ids, dim=-1)
+    elif way == 3:  # the smallest: no choice of experts that a router makes
+        weights, ids = at.op("topk", scores, k=k, dim=-1, largest=False)
+    else:
+        found = []
+        for _ in range(k):
+            found.append(at.op("max_with_index", scores, dim=-1, keepdim=True))
+            scores = at.scatter(scores, found[-1][1], -9.0, dim=-1)
+        weights, ids = (at.cat(*parts, dim=-1) for parts in zip(*found, strict=True))
+    return weights, ids
+
+
+def _copied(m: Making, x: Value, ids: Value, size: int, transposed: bool) -> Value:
+    """Rows x [..., in] by the matrices that ids choose, copied out for each of them."""
+    at, width = m.at, x.type.shape[-1]
+    assert isinstance(width, int)
+    if transposed:
+        found = at.matmul(at.reshape(x, shape=(*x.type.shape[:-1], 1, width)),
+                          at.index(m.weight(4, width, size), ids, dims=(0,)))
+    else:
+        found = at.matmul(at.index(m.weight(4, size, width), ids, dims=(0,)), at.reshape(x, shape=(*x.type.shape, 1)))
+    return at.reshape(found, shape=(*x.type.shape[:-1], size))
+
+
+def _sorted_mixture(m: Making, x: Value, ids: Value, gates: Value, k: int, lead: tuple[Dim, Dim]) -> Value:
+    """Rows sorted by expert, products group by group, results added at their tokens."""
+    at, count = m.at, ids.type.shape[0]
+    order = at.op("sort", ids, dim=0)[1]
+    column = at.reshape(ids, shape=(count, 1))
+    marks = _any_of(m, lambda: at.scatter(at.full(shape=(count, 4), value=0, dtype="i64"), column, 1, dim=1),
+                    lambda: at.eq(column, at.arange(start=0, stop=4)))
+    ends = at.cumsum(at.sum(marks, dims=(0,)), dim=0)
+    token = at.floor_divide(order, k)
+    h = at.relu(at.grouped_linear(at.index(x, token, dims=(0,)), ends, m.weight(4, 3, D), m.weight(4, 3)))
+    u = at.mul(at.grouped_linear(h, ends, m.weight(4, 3, D), transposed=True), at.index(gates, order, dims=(0,)))
+    zeros = at.full(shape=x.type.shape, value=0.0, dtype="f32")
+    return at.reshape(at.index_put(zeros, u, token, dims=(0,), accumulate=True), shape=(*lead, D))
+
+
 MORE_SEQUENCE: dict[str, Step] = {
-    **_everywhere(), "shared": _shared, "layer norm by hand": _layer_norm, "rms norm by hand": _rms_norm,
-    "rotary by hand": _rotary, "masked": _attention, "attends": _attention, "sunk": _sunk, "mixed": _mixed, "recurrent": _recurrent,
-    "place": _place, "layers": _layers,
+    **_everywhere(), "mixture": _mixture, "routed": _mixture,
+    "shared": _shared, "layer norm by hand": _layer_norm, "rms norm by hand": _rms_norm,
+    "rotary by hand": _rotary, "masked": _attention, "attends": _attention, "sunk": _sunk, "mixed": _mixed,
+    "recurrent": _recurrent, "place": _place, "layers": _layers,
     "log softmax": lambda m, a, b: m.at.log_softmax(a, dim=-1),
     "scores": lambda m, a, b: m.at.div(m.at.exp(a), m.at.sum(m.at.exp(a), dims=(-1,), keepdim=True)),
 }

@@ -111,6 +111,23 @@ def _written_out(m: Making, a: Value, b: Value) -> Value:
     return merged(m, m.at.matmul(m.at.softmax(m.at.add(scores, mask), dim=-1), v))
 
 
+def experts(m: Making, a: Value, b: Value) -> Value:
+    """A mixture of experts: each place of `a` goes to some of four experts, chosen by `b`."""
+    at, (batch, length, size) = m.at, a.type.shape
+    k = int(m.rng.integers(1, 4))
+    scores = at.softmax(at.linear(b, m.weight(4, D)), dim=-1)
+    if m.rng.integers(2):
+        weights, ids = at.op("route_topk", scores, k=k)
+    else:
+        weights, ids = at.op("route_topk", scores, at.add(scores, m.weight(4)), k=k)
+    if m.rng.integers(2):
+        weights = at.div(weights, at.sum(weights, dims=(-1,), keepdim=True))
+    row = at.reshape(a, shape=(batch, length, 1, size))
+    h = at.expert_linear(row, ids, m.weight(4, 3, D), m.weight(4, 3))
+    h = at.glu(at.expert_linear(row, ids, m.weight(4, D, 3), transposed=True), h) if m.rng.integers(2) else at.relu(h)
+    return at.combine(at.expert_linear(h, ids, m.weight(4, D, 3)), weights)
+
+
 def _everywhere() -> dict[str, Step]:
     """Steps for values of any shape."""
     return {
@@ -154,6 +171,7 @@ SEQUENCE: dict[str, Step] = {
     "sunk": _sunk,
     "turned": _turned,
     "written out": _written_out,
+    "experts": experts,
 }
 IMAGE: dict[str, Step] = {
     **_everywhere(),

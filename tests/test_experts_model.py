@@ -96,12 +96,13 @@ def test_a_row_among_others_is_the_row_alone(explainer: Explainer, found: Explan
             close(one.relevance[:, 0], other.relevance[:, row][:, seen.numpy()])
 
 
-def test_a_call_in_parts_has_the_experts_of_the_whole(explainer: Explainer, found: Explanation) -> None:
-    whole = explainer.memory(**batch(), target=TARGETS)
-    budget = whole.peak.total  # of which a fifth is the allocator's
-    divided = explainer.memory(**batch(), target=TARGETS, memory_budget=budget)
-    assert (divided.rows, divided.targets) != (whole.rows, whole.targets)
-    parts = explainer(**batch(), target=TARGETS, memory_budget=budget)
+def test_a_call_in_parts_has_the_experts_of_the_whole(explainer: Explainer) -> None:
+    many = [dlbc.Target.index(one) for one in range(24)]
+    found = explainer(**batch(), target=many)
+    budget = explainer.memory(**batch(), target=many).peak.total  # of which a fifth is the allocator's
+    divided = explainer.memory(**batch(), target=many, memory_budget=budget)
+    assert divided.rows < 3
+    parts = explainer(**batch(), target=many, memory_budget=budget)
     for one, other in zip(experts_of(parts).layers, experts_of(found).layers, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         close(one.relevance, other.relevance)
@@ -113,7 +114,7 @@ def test_what_stands_behind_the_explained_position_has_no_part(explainer: Explai
     early = experts_of(explainer(**given, target=dlbc.Target.token(5, position=2)))
     short = experts_of(explainer(**{name: value[:, :3] for name, value in given.items()}, target=5))
     for one, other in zip(early.layers, short.layers, strict=True):
-        assert one.rows == (1, 6) and not one.relevance[:, 3:].any()
+        assert one.rows == (1, 6) and not one.relevance[:, 3:].any() and (one.ids[:, 3:] == -1).all()
         np.testing.assert_array_equal(one.ids[:, :3], other.ids)
         close(one.relevance[:, :3], other.relevance)
 
@@ -159,6 +160,7 @@ def test_a_generation_has_the_experts_of_each_of_its_tokens(explainer: Explainer
 
 
 def test_what_the_explainer_knows_of_its_experts_before_any_call(explainer: Explainer) -> None:
-    specs = explainer.manifest.experts
-    assert [(one.experts, one.shared) for one in specs] == [(6, True), (6, True)]
+    specs, manifest = explainer.experts, explainer.manifest
+    assert (manifest.batch, manifest.causal) == ("B", "T")  # rows are explained apart, and prefixes as such
+    assert [(one.experts, one.k, one.shared) for one in specs] == [(6, 2, True), (6, 2, True)]
     assert all(one.place.startswith("model.layers.") for one in specs)

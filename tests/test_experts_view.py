@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from rich.console import Console
 from dlbc_runtime.experts import ExpertLayer, Experts, ExpertSpec
 from dlbc_runtime.views.experts import notebook, page, short_names, view
 from dlbc_runtime.views.experts_terminal import table
+from dlbc_runtime.views.generation import generation_html
 from dlbc_runtime.views.html import page as whole_page
 from dlbc_runtime.views.numbers import percent, signed
 from tests.browser import in_browser
 from tests.experts_example import experts, explanation
+from tests.generated import example
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\"' [red]$x$ \u2028"
 HELP = """
@@ -157,13 +160,51 @@ def test_tokens_that_look_like_markup_stay_text(tmp_path: Path) -> None:
     assert words[0] == HOSTILE and name == f"{HOSTILE}: token by expert"
 
 
-def test_masked_and_irrelevant_tokens_say_so(tmp_path: Path) -> None:
+def test_masked_tokens_are_left_out_and_irrelevant_ones_say_so(tmp_path: Path) -> None:
     layer = experts(1, rows=(1, 8), shared=False).layers[0]
-    mask = np.array([[0, 0, 1, 1, 1, 1, 1, 1]], bool)
-    found = Experts((ExpertLayer.of(layer.spec, layer.ids, layer.weights, layer.relevance, visible=mask),))
-    said, often = shown(found, "all('.word')[1].click(); return [text('.river'), point('.frequency', 3, 3)];", tmp_path)
-    assert said == "No relevance entered experts at “1”."
+    mask, relevance = np.array([[0, 0, 1, 1, 1, 1, 1, 1]], bool), layer.relevance.copy()
+    relevance[0, 3] = 0
+    found = Experts((ExpertLayer.of(layer.spec, layer.ids, layer.weights, relevance, visible=mask),))
+    words, said, where, often = shown(found, """
+        all('.word')[1].click();
+        all('.word')[2].dispatchEvent(new MouseEvent('mouseover', { bubbles: true }));
+        const where = tip();
+        return [all('.word').map((one) => one.textContent), text('.river'), where, point('.frequency', 3, 3)];
+        """, tmp_path)
+    assert words == ["2", "3", "4", "5", "6", "7"] and said == "No relevance entered experts at “3”."
+    assert where == [signed(float(found.layers[0].by_token[0, 4])), "entered experts at position 4"]
     assert often[0] == percent(float(found.layers[0].load[0])) and often[1].endswith(" of 6 tokens")
+
+
+def test_numbers_that_are_none_break_nothing(tmp_path: Path) -> None:
+    layer = experts(1, rows=(1, 8), shared=False).layers[0]
+    weights, relevance = layer.weights.copy(), layer.relevance.copy()
+    weights[0, 0], relevance[0, 1, 0], relevance[0, 2, 1] = np.nan, np.nan, np.inf
+    found = Experts((ExpertLayer.of(layer.spec, layer.ids, weights, relevance),))
+    texts = shown(found, """
+        const said = [];
+        for (const word of all('.word')) { word.click(); said.push(text('.river')); }
+        return said;""", tmp_path)
+    assert len(texts) == 8 and all("expert" in text for text in texts[3:])
+    assert "0" in printed(found) and len(found.top(3, k=9)) == 2
+    found.save(tmp_path / "experts.json")
+
+
+def test_a_token_of_a_generation_turns_to_its_experts(tmp_path: Path) -> None:
+    """A click on a generated token chooses its target in the experts; one on the prompt leaves them."""
+    own = experts(2, rows=(1, 12), targets=6)
+    found = replace(example(), experts=own)
+    picked, sums = in_browser(generation_html(found), HELP + """
+        const words = [...document.querySelectorAll('#text .word')], pick = find('select[name=seed]');
+        const at = () => { const box = find('.relevance canvas').getBoundingClientRect();
+                           return [pick.selectedIndex, point('.relevance', box.width - 3, 3)[0]]; };
+        const found = [at()];
+        words[9].click(); found.push(at());
+        words[9].click(); words[2].click(); found.push(at());
+        return [[...pick.options].map((one) => one.textContent), found];""", tmp_path)
+    assert len(picked) == 6 and found.experts is not None
+    first, fourth = (signed(float(own.layers[0].entering[row])) for row in (0, 3))
+    assert sums == [[0, first], [3, fourth], [3, fourth]]
 
 
 def test_the_experts_are_a_part_of_the_explanation_page(tmp_path: Path) -> None:
@@ -182,8 +223,6 @@ def test_the_experts_are_a_part_of_the_explanation_page(tmp_path: Path) -> None:
 
 
 def without() -> Any:
-    from dataclasses import replace
-
     return replace(explanation(experts(1)), experts=None)
 
 

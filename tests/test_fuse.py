@@ -18,7 +18,7 @@ from dlbc.backends.triton.row import RowWriter
 from dlbc.backends.triton.table import TABLE
 from dlbc.ir.core import Graph, Kernel
 from dlbc.ir.dims import evaluate, parse_dim
-from dlbc.ir.fusible import MOVES, POINTWISE, ROWWISE, VIEWS, is_product, is_row
+from dlbc.ir.fusible import MOVES, POINTWISE, ROWWISE, VIEWS, is_product, is_row, template_of
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
@@ -49,7 +49,7 @@ def check(graph: Graph) -> Graph:
         products, rows = [op for op in kernel.body if is_product(op)], [op for op in kernel.body if is_row(op)]
         assert kernel.results and len(kernel.body) <= Fuse().longest
         assert len(products) <= 2
-        assert kernel.template == ("gemm" if products else "row" if rows else "elementwise")
+        assert kernel.template == (template_of(products[0]) if products else "row" if rows else "elementwise")
         if kernel.template != "row":
             assert len(shapes) == 1
         assert any(op.name not in VIEWS for op in kernel.body)
@@ -170,3 +170,26 @@ def test_what_nobody_reads_makes_no_kernel() -> None:
     fused = Fuse().run(graph)
     assert [kernel.template for kernel in kernels(fused)] == ["elementwise"]
     assert print_graph(parse_graph(print_graph(fused))) == print_graph(fused)
+
+
+def test_pairing_with_a_value_that_only_copies_stand_for_is_dropped() -> None:
+    """A cheap op of the forward pass is copied to its readers; relevance ops may have been paired with it."""
+    graph = parse_graph("""
+        graph @copied(B: 1..8, S: 1..8)
+        weights { @w : f32[3,4]  @v : f32[3,4] }
+        forward(%x : f32[B,4]) {
+          %h = relu(%x)       : f32[B,4]
+          %y = linear(%h, @w) : f32[B,3]
+          %k = tanh(%y)       : f32[B,3]
+          %z = linear(%h, @v) : f32[B,3]
+          %o = mul(%k, %z)    : f32[B,3]
+          return %o, %k save %x
+        }
+        relevance(%R.o : f32[S,B,3]) {
+          %M   = matmul(%R.o, @w) of %h : f32[S,B,4]
+          %R.x = mul(%M, %x) of %x      : f32[S,B,4]
+          return %R.x
+        }""")
+    fused = run(graph, (Fuse(),), verified=True)
+    assert "h" not in {r.name for op in fused.forward.ops for r in op.results}
+    assert fused.relevance is not None and [op.of for op in fused.relevance.ops] == ["", "x"]

@@ -42,6 +42,9 @@ SEED_BY_SEED = ["attnlrp-conserving"]
 KEEPS_LAWS = [name for name in ALL if name != "dlb-0.1"]
 B, T, S = symbol("B"), symbol("T"), symbol("S")
 
+EXPERTS = make("ids", [("linear", 0, 0), ("experts", 1, 0), ("add", 1, 2), ("experts", 2, 1)], 2, 3)
+"""Tokens that go to experts twice, the second time to those that the first ones chose."""
+
 few = settings(
     max_examples=int(os.environ.get("DLBC_EXAMPLES", "20")), deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -72,6 +75,8 @@ def assert_close(own: Array, other: Array, tolerance: float = 1e-7) -> None:
 
 @few
 @given(models(), st.sampled_from(["inputs", "weights", "both", "neither"]))
+@example(EXPERTS, "inputs")
+@example(EXPERTS, "weights")
 def test_finite(model: Model, zero: str) -> None:
     inputs, weights = model.inputs(), dict(model.weights)
     if zero in ("inputs", "both"):
@@ -104,6 +109,7 @@ def test_infinite_masks_are_harmless_where_multipliers_become_relevance() -> Non
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_linear_in_the_seed(model: Model) -> None:
     s, t = model.seeds(2)
     for rules in ONE_STREAM:
@@ -120,6 +126,7 @@ def test_linear_in_the_seed(model: Model) -> None:
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_an_input_gets_the_sum_over_its_uses(model: Model) -> None:
     """Every use of the input reads a copy of its own; the copies' relevance adds up to the input's."""
     (x,) = model.graph.forward.params
@@ -144,6 +151,7 @@ def test_an_input_gets_the_sum_over_its_uses(model: Model) -> None:
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_a_shared_value_may_as_well_be_computed_twice(model: Model) -> None:
     ops = list(model.graph.forward.ops)
     uses = Counter(o.name for op in ops for o in op.operands if isinstance(o, Value))
@@ -169,6 +177,7 @@ def test_a_shared_value_may_as_well_be_computed_twice(model: Model) -> None:
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_keeping_inner_relevance_changes_nothing(model: Model) -> None:
     for rules in ALL:
         plain = explain(model.graph, rules, model.inputs(), model.weights, model.seeds())[0]
@@ -259,6 +268,7 @@ def test_outside_the_window_is_nothing(rules: str) -> None:
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_a_row_is_explained_as_if_alone(model: Model) -> None:
     inputs, seeds = model.inputs(3), model.seeds(2, 3)
     for rules in ALL:
@@ -340,6 +350,8 @@ def assert_closes(relevance: Sequence[Array], entries: Sequence[tuple[tuple[str,
 
 @few
 @given(models(), st.booleans())
+@example(EXPERTS, False)
+@example(EXPERTS, True)
 def test_the_ledger_closes(model: Model, zero: bool) -> None:
     inputs = {name: np.zeros_like(x) if zero else x for name, x in model.inputs().items()}
     for rules in ALL:
@@ -453,6 +465,14 @@ WAYS: dict[str, tuple[Write, Write, tuple[str, ...]]] = {
         lambda at, x, w: at.adaptive_avg_pool(x, size=(1,)),
         (),
     ),
+    "linear, one expert": (
+        lambda at, x, w: at.linear(x, w["m"], w["w"]),
+        lambda at, x, w: at.combine(at.expert_linear(
+            at.reshape(x, shape=(B, 3, 1, 4)), at.full(shape=(B, 3, 1), value=0, dtype="i64"),
+            at.reshape(w["m"], shape=(1, 4, 4)), at.reshape(w["w"], shape=(1, 4))),
+            at.full(shape=(B, 3, 1), value=1.0, dtype="f32")),
+        (),
+    ),
     "silu u, glu": (
         lambda at, x, w: at.mul(at.silu(x), at.linear(x, w["m"])),
         lambda at, x, w: at.glu(x, at.linear(x, w["m"])),
@@ -507,6 +527,7 @@ def test_attention_fused_and_written_out(rules: str) -> None:
 
 @few
 @given(models())
+@example(EXPERTS)
 def test_static_and_symbolic_sizes_agree(model: Model) -> None:
     def static(operand: Any) -> Any:
         if isinstance(operand, Value):
@@ -560,6 +581,7 @@ MIXED = (
 
 @settings(few, max_examples=12)
 @given(models(most=5))
+@example(EXPERTS)
 @example(make("sequence", [("linear", 0, 0), ("mul", 1, 1), ("add", 1, 2), ("layer norm", 1, 1), ("sub", 4, 1)], 3, 1))
 def test_whole_graphs_equal_the_textbook(model: Model) -> None:
     """Presets of one form, and a composite in which relevance and multipliers meet."""
@@ -578,6 +600,7 @@ def test_whole_graphs_equal_the_textbook(model: Model) -> None:
 
 @settings(few, max_examples=8)
 @given(models(kinds=("sequence", "image"), most=5))
+@example(make("sequence", [("experts", 0, 0), ("experts", 1, 0)], 1, 4))
 def test_input_x_gradient_is_that(model: Model) -> None:
     """R = x dF/dx where F = sum_j y_j seed_j: by central differences, kinks left out."""
     graph, weights = model.graph, model.weights

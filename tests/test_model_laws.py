@@ -17,14 +17,15 @@ from tests import zoo
 from tests.test_models import NO_RULE, PRESETS, TORCH_ONLY, compiled, distance
 
 CLASSIFIERS = ["bert", "bert_eager", "roberta", "distilbert", "electra", "albert", "xlnet"]
-DECODERS = ["gpt2", "llama", "llama_eager", "qwen2", "qwen3", "mistral", "mistral_eager", "gemma2", "gemma3"]
+DECODERS = ["gpt2", "llama", "llama_eager", "qwen2", "qwen3", "mistral", "mistral_eager", "gemma2", "gemma3",
+            *zoo.MIXTURES]
 IMAGES = ["lenet", "resnet18_small", "densenet_small", "mobilenet_like", "vit"]
 READS_LAST = ["xlnet"]
 """Its head reads the last place, so it is padded on the left only."""
 SHIFTS = ["xlnet", *(name for name in DECODERS if name != "gpt2")]
 """Positions are relative and the head reads no first place: a shift to the right changes nothing for them."""
 LEDGER = ["mlp", "convolutions", "unused_input", *IMAGES, "bert", "xlnet", "gpt2", "llama", "gemma2",
-          "two_outputs_dict"]
+          "two_outputs_dict", *zoo.MIXTURES]
 
 
 @functools.lru_cache(maxsize=8)
@@ -80,7 +81,7 @@ def test_the_future_gets_exactly_nothing(name: str, rules: str) -> None:
 
 
 @pytest.mark.parametrize("rules", PRESETS)
-@pytest.mark.parametrize("name", ["mlp", *IMAGES, "bert", "llama"])
+@pytest.mark.parametrize("name", ["mlp", *IMAGES, "bert", "llama", "moe_qwen2", "moe_jetmoe"])
 def test_batch_rows_explain_as_they_do_alone(name: str, rules: str) -> None:
     """Law 5."""
     explainer, case = explainer_of(name, rules), compiled(name).case
@@ -96,7 +97,7 @@ def test_batch_rows_explain_as_they_do_alone(name: str, rules: str) -> None:
 
 
 @pytest.mark.parametrize("rules", PRESETS)
-@pytest.mark.parametrize("name", ["mlp", "resnet18_small", "bert", "llama", "xlnet"])
+@pytest.mark.parametrize("name", ["mlp", "resnet18_small", "bert", "llama", "xlnet", "moe_qwen2", "moe_gpt_oss"])
 def test_many_targets_are_as_many_runs(name: str, rules: str) -> None:
     """Law 2: S seeds at once are S runs, and the explanation of a difference is the difference of explanations."""
     explainer, case = explainer_of(name, rules), compiled(name).case
@@ -137,7 +138,7 @@ def test_the_ledger_closes(name: str, rules: str) -> None:
         assert abs(ledger.absorbed.get("rule", 0.0)) <= 1e-4 * ledger.size
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18_small", "bert", "llama"])
+@pytest.mark.parametrize("name", ["mlp", "resnet18_small", "bert", "llama", "moe_qwen3"])
 @pytest.mark.parametrize("rules", PRESETS)
 def test_zeros_stay_finite(name: str, rules: str) -> None:
     """Law 1: inputs of zeros, and a model whose weights are all zero."""
@@ -202,7 +203,7 @@ def test_backends_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("rules", PRESETS)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "moe_olmoe"])
 def test_sparse_targets_explain_as_dense_seeds_do(name: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeding the chosen rows of the head is seeding the whole output with zeros elsewhere."""
     built = compiled(name)

@@ -40,7 +40,7 @@ TORCH_ONLY = frozenset({"bfloat16", "autocast_inside"})
 DETACHED = frozenset({"move_detach", "no_grad_inside"})
 """detach stops autograd; relevance passes it as the identity it is."""
 
-ARCHITECTURES = [*zoo.TABULAR, *zoo.CNNS, *zoo.ENCODERS, *zoo.CAUSAL]
+ARCHITECTURES = [*zoo.TABULAR, *zoo.CNNS, *zoo.ENCODERS, *zoo.CAUSAL, *zoo.MIXTURES]
 
 EXPLAINED = [n for n in (*ARCHITECTURES, *zoo.STRUCTURE) if n not in NO_RULE]
 
@@ -62,11 +62,18 @@ def backends(name: str) -> tuple[str, ...]:
     return ("torch",) if name in TORCH_ONLY else ("torch", "numpy")
 
 
-@functools.lru_cache(maxsize=4)
 def compiled(name: str) -> Compiled:
+    return _kept(name) if name in zoo.MIXTURES else _compiled(name)  # which take longest to capture
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(name: str) -> Compiled:
     if not zoo.available(name):
         pytest.skip(f"{name} needs {', '.join(zoo.NEEDS[name])}")
     return captured(zoo.CASES[name]())
+
+
+_kept = functools.cache(_compiled.__wrapped__)
 
 
 def captured(case: zoo.Case) -> Compiled:

@@ -254,7 +254,8 @@ for _keepdim in (False, True):
 
 # --- mixtures of experts -----------------------------------------------------------------------------
 
-def by_expert(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+def by_expert(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+              ) -> Tensor:
     """Rows by their experts as one einsum over copied weights."""
     kind = torch.promote_types(x.dtype, weight.dtype)
     own = weight[ids].to(kind)

@@ -15,6 +15,7 @@ from torch import nn
 
 import dlbc
 from dlbc.backends.triton.config import DEVICES, device
+from dlbc.backends.triton.record import _tiled
 from dlbc.ir.core import Type
 from dlbc.ir.dims import evaluate
 from dlbc.ir.parser import parse_graph
@@ -108,6 +109,25 @@ def test_element_types_and_precision(dtype: torch.dtype, precision: str, cores: 
     """Products of float32 numbers are exact, without tensor cores, unless the user says otherwise."""
     for one in extremes(of_llama("dlb", "sm_90", dtype, precision)):
         assert hold(one, "sm_90", products=False).tensor_cores == cores, one.kernel.__name__
+
+
+@pytest.mark.parametrize(("target", "precision"), [("sm_90", "ieee"), ("sm_86", "tf32x3")])
+def test_every_tile_of_float32_products(target: str, precision: str) -> None:
+    """BERT-base's widths: whatever the number of rows, what threads hold of |x| and |W| fits into registers. With half
+    of them free, ptxas itself may keep a few bytes elsewhere, so that more programs run at once."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768)).eval()
+    explainer = dlbc.compile(model, torch.zeros(2, 768, device="meta"), rules="dlb", backend="triton", target=target,
+                             precision=precision, cache=False)
+    module = explainer.program_of(explainer.default).module()
+    products = [one for one in launches(explainer, {"B": 8, "S": 3}) if one.kernel.__name__.startswith("gemm")]
+    tiles = [tile for one in products for tile in _tiled(one, module)]
+    assert len(tiles) > 2 * len(products)
+    where = device(target)
+    for one in tiles:
+        facts = compiled(one, where.kind, where.arch, where.warp)
+        assert facts.shared <= where.shared and facts.tensor_cores == (precision != "ieee")
+        assert facts.stack <= (32 if facts.registers <= 128 else 0), (facts.name, facts.stack, dict(one.meta))
 
 
 def test_an_amd_gpu_is_compiled_for() -> None:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlbc.backends.torch.emit import emit as emit_torch
 from dlbc.backends.triton.config import device
 from dlbc.backends.triton.emit import emit, refused
 from dlbc.backends.triton.record import _tiled
@@ -243,3 +244,39 @@ def test_tiles_follow_the_rows_of_an_expert() -> None:
     """As many rows with fewer experts want wider tiles: a tile has the rows of one expert."""
     source = emit(fused(layer(64, 256, 256, "bf16")))
     assert "tile = chosen(grouped_" in source and "(N) // 64)" in source and "(N*S) // 64)" in source
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("counts", [[300, 0, 41, 7], [0, 0, 0, 1], [64, 64, 64, 64], [0, 900, 0, 0]], ids=str)
+def test_on_a_gpu(counts: list[int], dtype: str) -> None:
+    """What the interpreter shows, by real kernels, with tiles of all sizes and twice the same."""
+    major, minor = torch.cuda.get_device_capability()
+    graph = fused(layer(4, 200, 136, dtype), "sm_90" if major >= 9 else f"sm_{major}{minor}", "ieee")
+    module, generator = load_module(emit(graph), "layer"), torch.Generator().manual_seed(0)
+
+    def made(type_: Any) -> torch.Tensor:
+        shape = [evaluate(d, {"N": sum(counts), "S": 3}) for d in type_.shape]
+        x = torch.randn(shape, generator=generator) if type_.floating else torch.tensor(counts).cumsum(0)
+        return x.to(DTYPES[type_.dtype])
+
+    assert graph.relevance is not None
+    held = {name: made(weight.type) for name, weight in graph.weights.items()}
+    inputs, seeds = ([made(p.type) for p in part.params] for part in (graph.forward, graph.relevance))
+
+    def run_on(device: str) -> list[torch.Tensor]:
+        """By kernels on the GPU; on a CPU by torch, float64."""
+        where = (lambda x: x.cuda()) if device == "cuda" else (lambda x: x.double() if x.is_floating_point() else x)
+        own = {name: where(w) for name, w in held.items()}
+        code = module if device == "cuda" else load_module(emit_torch(graph), "plain")
+        with torch.no_grad():
+            outputs, state = code.forward(own, (), *map(where, inputs))
+            return [x.double().cpu() for x in (*outputs, *code.relevance(own, (), state, *map(where, seeds)))]
+
+    first, again, expected = run_on("cuda"), run_on("cuda"), run_on("cpu")
+    for x, same, right in zip(first, again, expected, strict=True):
+        torch.testing.assert_close(x, same, rtol=0, atol=0)
+        assert ((x - right).norm() / right.norm()) < {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2}[dtype]

@@ -15,12 +15,14 @@ import triton.runtime.interpreter as triton_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dlbc
 from dlbc.backends.triton.emit import emit
 from dlbc.ir.core import Graph, Type
 from dlbc.ir.dims import evaluate
 from dlbc.ir.interpreter import interpret
 from dlbc_runtime import triton_launch
 from dlbc_runtime.module import load_module
+from tests import zoo
 from tests.test_reference import DTYPES
 from tests.test_triton_grouped import fused, kernels, layer
 from tests.triton_attention_runs import interpret_with_any_numpy
@@ -65,9 +67,19 @@ def numbers(graph: Graph, counts: Sequence[int], seeds: int) -> tuple[Numbers, N
             {p.name: made(p.name, p.type) for p in graph.relevance.params})
 
 
-def computed(graph: Graph, held: Numbers, inputs: Numbers, given: Numbers) -> tuple[list[torch.Tensor], Numbers]:
-    """Outputs and relevance by the kernels, and what the forward pass saved."""
+def computed(graph: Graph, held: Numbers, inputs: Numbers, given: Numbers, launch: Any = None
+             ) -> tuple[list[torch.Tensor], Numbers]:
+    """Outputs and relevance by the kernels (or what else `launch` does), and what the forward pass saved."""
     module = load_module(emit(graph), "layer")
+    original, module.launch = module.launch, launch or module.launch
+    try:
+        return _computed(graph, module, held, inputs, given)
+    finally:
+        module.launch = original
+
+
+def _computed(graph: Graph, module: Any, held: Numbers, inputs: Numbers, given: Numbers
+              ) -> tuple[list[torch.Tensor], Numbers]:
     prepared = module.prepare(held)
     outputs, state = module.forward(held, prepared, *inputs.values())
     assert graph.forward.saves
@@ -76,20 +88,26 @@ def computed(graph: Graph, held: Numbers, inputs: Numbers, given: Numbers) -> tu
     return [*outputs, *module.relevance(held, prepared, state, *given.values())], saved
 
 
+def compare_all(graph: Graph, given: tuple[Numbers, Numbers, Numbers], found: Sequence[torch.Tensor], saved: Numbers,
+                tolerance: float) -> None:
+    """Hold outputs and relevance to the interpreter."""
+    held, inputs, seeds = map(wide, given)
+    expected = [*interpret(graph, inputs, held).outputs,
+                *interpret(graph, inputs, held, seeds, saved=wide(saved)).relevance]
+    for x, right in zip(found, expected, strict=True):
+        assert x.shape == right.shape
+        far = np.abs(x.double().numpy() - right).max() / max(np.abs(right).max(), 1e-30)
+        assert far < tolerance, far
+
+
 def wide(found: Numbers) -> dict[str, Any]:
     return {name: x.double().numpy() if x.is_floating_point() else x.numpy() for name, x in found.items()}
 
 
 def compare(graph: Graph, counts: Sequence[int], seeds: int = 2, *, tolerance: float = 1e-6) -> None:
     """Hold the kernels to the interpreter."""
-    held, inputs, given = numbers(graph, counts, seeds)
-    found, saved = computed(graph, held, inputs, given)
-    expected = [*interpret(graph, wide(inputs), wide(held)).outputs,
-                *interpret(graph, wide(inputs), wide(held), wide(given), saved=wide(saved)).relevance]
-    for x, right in zip(found, expected, strict=True):
-        assert x.shape == right.shape
-        far = np.abs(x.double().numpy() - right).max() / max(np.abs(right).max(), 1e-30)
-        assert far < tolerance, far
+    given = numbers(graph, counts, seeds)
+    compare_all(graph, given, *computed(graph, *given), tolerance)
 
 
 ROUTINGS = ([3, 0, 4, 0, 2], [9, 0, 0, 0, 0], [0, 0, 0, 0, 21], [20, 1, 17, 0, 3], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1])
@@ -151,6 +169,17 @@ def test_only_experts_with_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     assert within(used) and not any(within(part) for part in unused)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_any_kernel_that_fails_is_run_by_torch(dtype: str) -> None:
+    """What the generated code does where no kernel compiles."""
+    def fails(*args: Any, **options: Any) -> None:
+        raise triton_launch.KernelError("no such instruction")
+
+    graph = fused(layer(4, 6, 7, dtype, transposed=True))
+    given = numbers(graph, [3, 0, 18, 1], 2)
+    compare_all(graph, given, *computed(graph, *given, launch=fails), TOLERANCE[dtype])
+
+
 def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """64-bit offsets, which tensors of more than 2^31 elements need."""
     graph = fused(layer(4, 6, 7))
@@ -160,6 +189,25 @@ def test_wide_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = computed(graph, *given)
     for x, right in zip(found, expected, strict=True):
         torch.testing.assert_close(x, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rules", ["dlb"])
+def test_any_model_of_experts(rules: str) -> None:
+    """From a model to relevance: GPT-OSS, whose experts have biases and matrices that lie transposed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GptOssConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4,
+        layer_types=["full_attention"], max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = zoo.randomise(transformers.GptOssForCausalLM(config)).eval()
+    x = torch.randint(0, 31, (1, 5))
+    plain, kernels = (dlbc.compile(model, x, rules=rules, backend=b, cache=False) for b in ("torch", "triton"))
+    assert "triton grouped" in str(kernels.plan())
+    for other, target in ((x, None), (torch.randint(0, 31, (2, 3)), [3, 5])):
+        expected, found = plain(other, target=target), kernels(other, target=target)
+        np.testing.assert_allclose(found.outputs["logits"], expected.outputs["logits"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.relevance["input_ids"], expected.relevance["input_ids"], rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

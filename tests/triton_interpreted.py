@@ -18,7 +18,7 @@ from dlbc.compiler import FUSE
 from dlbc.ir.builder import Builder
 from dlbc.ir.core import Graph, Kernel, Section, Type, Value
 from dlbc.ir.dims import evaluate
-from dlbc.ir.fusible import MOVES, POINTWISE, fits, is_product, is_row
+from dlbc.ir.fusible import MOVES, POINTWISE, fits, is_product, is_row, template_of
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
 from dlbc.passes import parse, run
@@ -51,7 +51,7 @@ def alone(name: str, operands: tuple[Any, ...], attrs: dict[str, Any]) -> Graph 
               if isinstance(x, Tensor)}
     made = builder.op(name, *(params.get(i, x) for i, x in enumerate(operands)), **attrs)
     (op,) = builder.ops
-    template = "gemm" if is_product(op) else "row" if is_row(op) else "elementwise" if fits(op) else ""
+    template = template_of(op) if is_product(op) else "row" if is_row(op) else "elementwise" if fits(op) else ""
     if not template or any(t.dtype == "bf16" for t in (*(p.type for p in params.values()), *(r.type for r in made))):
         return None
     kernel = Kernel("k0", template, (op,), made)

@@ -52,6 +52,7 @@ TABULAR: list[str] = []
 CNNS: list[str] = []
 ENCODERS: list[str] = []
 CAUSAL: list[str] = []
+MIXTURES: list[str] = []
 STRUCTURE: list[str] = []
 REAL: list[str] = []
 #: Cannot be exported as they stand: the frontend must say so in the user's words.
@@ -920,6 +921,96 @@ def gemma3() -> Case:
 @case(CAUSAL, "transformers")
 def gemma3_eager() -> Case:
     return _decoder("Gemma3", "eager", **_GEMMA)
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+
+
+def _mixture(architecture: str, **changes: Any) -> Case:
+    """A tiny mixture of experts of `transformers`."""
+    plain = _decoder(architecture, **changes)
+    _speaking(plain.model)
+    return plain
+
+
+def _speaking(model: nn.Module) -> None:
+    """Give experts results as large as those of other layers, and routers clear scores."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 3:  # [experts, out, in], which `randomise` takes for one matrix of many inputs
+                value.mul_(math.sqrt(value.shape[1]))
+            elif value.ndim == 2 and name.endswith("_bias"):  # of each expert
+                value.normal_(0, 0.1)
+            elif value.ndim == 2 and name.endswith(("router.weight", "gate.weight", "router.layer.weight")):
+                value.mul_(2)
+        for name, value in model.named_buffers():
+            if "correction" in name:
+                value.normal_(0, 0.1)
+
+
+@case(MIXTURES, "transformers")
+def moe_mixtral() -> Case:
+    return _mixture("Mixtral", **_EXPERTS)
+
+
+@case(MIXTURES, "transformers")
+def moe_olmoe() -> Case:
+    """The chosen experts' weights are not normalised."""
+    return _mixture("Olmoe", num_experts=4, num_experts_per_tok=2, intermediate_size=24)
+
+
+@case(MIXTURES, "transformers")
+def moe_qwen3() -> Case:
+    return _mixture("Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+                    norm_topk_prob=True)
+
+
+@case(MIXTURES, "transformers")
+def moe_qwen2() -> Case:
+    """A shared expert behind a gate of its own."""
+    return _mixture("Qwen2Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+                    shared_expert_intermediate_size=40)
+
+
+@case(MIXTURES, "transformers")
+def moe_gpt_oss() -> Case:
+    """Softmax over the chosen, biases, a clamped gate, attention sinks and sliding windows."""
+    return _mixture("GptOss", attention="eager", **_EXPERTS, head_dim=8, sliding_window=4,
+                    layer_types=["sliding_attention", "full_attention"], max_position_embeddings=131072)
+
+
+@case(MIXTURES, "transformers")
+def moe_deepseek_v3() -> Case:
+    """Sigmoid scores, a correction and groups for the choice, a shared expert, multi-latent attention; the first layer
+    is dense."""
+    return _mixture("DeepseekV3", num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=8,
+                    n_shared_experts=1, n_group=4, topk_group=2, num_experts_per_tok=2, first_k_dense_replace=1,
+                    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+
+
+@case(MIXTURES, "transformers")
+def moe_phimoe() -> Case:
+    """Its router takes one maximum after the other, each with a softmax over what is near it."""
+    return _mixture("Phimoe", **_EXPERTS)
+
+
+@case(MIXTURES, "transformers")
+def moe_granite() -> Case:
+    return _mixture("GraniteMoe", **_EXPERTS)
+
+
+@case(MIXTURES, "transformers")
+def moe_jetmoe() -> Case:
+    """Experts of attention heads beside those of MLPs."""
+    import transformers
+
+    config = {k: v for k, v in {**_DECODER, **_EXPERTS}.items() if k != "num_attention_heads"}
+    model = randomise(transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**config, kv_channels=8)))
+    _speaking(model)
+    return texts(model)
 
 
 # ---------------------------------------------------------------- real, trained models

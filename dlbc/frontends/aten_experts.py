@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dlbc.errors import ExportError
 from dlbc.frontends.aten import Tracer, aten
 from dlbc.ir.core import Operand
 
@@ -11,6 +12,13 @@ def grouped_linear(at: Tracer, x: Operand, counts: Operand, weight: Operand, bia
                    transposed: bool = False) -> Operand:
     """Rows by the weight of their expert: counts[e] rows for each expert e in turn."""
     return at.grouped_linear(x, at.cumsum(counts, dim=0), weight, bias, transposed=transposed)
+
+
+@aten("rows")
+def rows(at: Tracer, x: Operand) -> Operand:
+    """What stands for the rows of one expert while its loop is followed."""
+    raise ExportError("rows of the experts are used in a way that cannot be done for all experts at once: they leave "
+                      "the loop", where=at.origin, hint="put the rows of all experts together inside of the model")
 
 
 @aten("expert_linear")

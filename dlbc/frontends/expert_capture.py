@@ -41,6 +41,11 @@ def portable_experts(model: nn.Module) -> Iterator[None]:
                 attributes[name] = setting
 
 
+def switches(model: nn.Module) -> bool:
+    """Whether `portable_experts` changes a setting of the model."""
+    return any(True for _ in _settings(model))
+
+
 def switchable(module: nn.Module) -> bool:
     """Whether a module runs its experts by the implementation that its config names, "batched_mm" among them."""
     if _MODULE not in sys.modules:

@@ -1,6 +1,10 @@
 """Linear maps of experts as operators of torch, `dlbc::grouped_linear`, `dlbc::expert_linear` and `dlbc::combine`, so
-that captured programs hold one node for each. They mean what the catalogue's ops of these names do (dlbc/ir/ops.py);
-here they are computed without copies of weights, for comparing a captured program with its model. No gradients."""
+that captured programs hold one node for each.
+
+They mean what the catalogue's ops of these names do (dlbc/ir/ops.py). Here they are computed without copies of weights,
+for comparing a captured program with its model; they have no gradients. `dlbc::rows` marks what stands for the rows
+of one expert (`expert_rows`): a program whose results depend on it is wrong.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,7 @@ def _combined_shape(u: Tensor, weights: Tensor) -> Tensor:
 
 
 for _name, _schema, _compute, _shape in (
+        ("rows", "(Tensor x) -> Tensor", torch.clone, torch.empty_like),  # all rows, in place of one expert's
         ("grouped_linear", "(Tensor x, Tensor counts, Tensor weight, Tensor? bias, bool transposed) -> Tensor",
          _grouped, _grouped_shape),
         ("expert_linear", "(Tensor x, Tensor ids, Tensor weight, Tensor? bias) -> Tensor",

@@ -32,6 +32,8 @@ LAST: dict[str, tuple[int, int | None]] = {"softmax": (1, None), "log_softmax": 
 """What works along one axis, which must not be that of the rows: the axis's place among the arguments, and the axis
 that is taken if none is said."""
 PRODUCTS = frozenset({"linear", "matmul", "mm", "__matmul__"})
+VIEWS = frozenset({"__getitem__", "select", "unsqueeze", "squeeze", "view", "reshape", "t", "T", "transpose"})
+"""What gives the same part of a tensor each time it is called."""
 SHAPES = frozenset({"shape", "size", "numel", "dim", "ndim"})
 _TURNS = frozenset({"T", "mT", "t", "transpose", "swapaxes"})
 
@@ -71,6 +73,12 @@ class Rows:
     kwargs: dict[str, Any] = field(default_factory=dict)
     item: int | None = None
 
+    @property
+    def axis(self) -> int:
+        """The axis of the rows in the tensor: not the first for `x[None, places]`."""
+        return int(self.made is torch.Tensor.__getitem__ and isinstance(self.args[1], tuple)
+                   and self.args[1][0] is None)
+
     def beside(self, other: Rows) -> bool:
         """Whether both are rows of the same expert."""
         return self.expert == other.expert and self.group.same(other.group)
@@ -92,6 +100,7 @@ class ExpertRows:
 
     rows: dict[int, Rows] = field(default_factory=dict)
     parts: dict[int, _Part] = field(default_factory=dict)
+    origins: dict[int, tuple[str, Tensor, Any]] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
 
     def hold(self, rows: Rows) -> Tensor:
@@ -111,6 +120,8 @@ class ExpertRows:
 
     def used(self, name: str, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """A call that has rows of one expert among its arguments. NotByRow where it mixes rows."""
+        if any(row.axis for row in self.among((args, given))) and name not in ("reshape", "view"):
+            raise NotByRow(f"rows of one expert read by `{name}`")
         if name in SHAPES or func.__name__ == "__get__":
             return self._asked(name, self.held(args[0]), func, args, given)
         read = self.among((args, given))
@@ -160,10 +171,15 @@ class ExpertRows:
             place, usual = LAST[name]
             axis = given.get("dim", args[place] if len(args) > place else usual)
             return isinstance(axis, int) and axis % rank != 0
+        if name in ("unsqueeze", "squeeze") and first:
+            axis = given.get("dim", args[1] if len(args) > 1 else None)
+            return isinstance(axis, int) and axis % (rank + (name == "unsqueeze")) != 0
         if name in ("reshape", "view") and first and not given:
             shape = tuple(args[1]) if isinstance(args[1], tuple | list) else args[1:]
-            return shape[:1] == (-1,) and len(shape) == rank and all(
-                map(is_size, args[0].shape[1:], shape[1:]))
+            last = len(shape) - 1
+            return shape[:1] == (-1,) and 0 <= last < rank and all(
+                map(is_size, args[0].shape[rank - last:], shape[1:])) and all(
+                is_size(size, 1) for size in args[0].shape[:rank - last - 1])
         return name == "__getitem__" and first and _keeps_rows(args[1], rank)
 
     # All experts at once
@@ -181,12 +197,13 @@ class ExpertRows:
             raise NotByRow("not every expert does the same")
         columns = list(zip(*leaves, strict=True))
         if first.made is None:
-            found: Tensor = _same(columns[0])
+            found: Tensor = self._same(columns[0])
             return found
         if name_of(first.made) in PRODUCTS:
             found = self._product(first, self.whole(columns[0], done), columns[1:])
         else:
-            values = [self.whole(column, done) if isinstance(column[0], Rows) else _same(column) for column in columns]
+            values = [self.whole(column, done) if isinstance(column[0], Rows) else self._same(column)
+                      for column in columns]
             args, kwargs = pytree.tree_unflatten(values, specs[0])
             made = first.made(*args, **kwargs)
             found = made if first.item is None else made[first.item]
@@ -211,15 +228,40 @@ class ExpertRows:
         if any(part.turned != turned for part in parts):
             return torch.stack(tensors), False
         if whole is not None and is_size(whole.shape[0], len(parts)) and all(
-                part.whole is whole and part.index == e for e, part in enumerate(parts)):
+                self._same_part(part.whole, whole) and part.index == e for e, part in enumerate(parts)):
             return whole, turned
         return torch.stack([part.own for part in parts]), turned
+
+    def _same(self, column: tuple[Any, ...]) -> Any:
+        """An argument that is the same for every expert."""
+        first = column[0]
+        if isinstance(first, Tensor):
+            if not all(self._same_part(one, first) for one in column):
+                raise NotByRow("experts read different tensors outside of a linear map")
+        elif any(isinstance(one, Tensor | Rows) or one != first for one in column):
+            raise NotByRow("not every expert does the same")
+        return first
+
+    def _same_part(self, one: Any, other: Tensor) -> bool:
+        """Whether tensors are the same, or the same parts of one tensor."""
+        if one is other:
+            return True
+        own, origin = self.origins.get(id(one)), self.origins.get(id(other))
+        if own is None or origin is None or own[0] != origin[0]:
+            return False
+        (leaves, spec), (others, other_spec) = pytree.tree_flatten(own[2]), pytree.tree_flatten(origin[2])
+        return self._same_part(own[1], origin[1]) and spec == other_spec and all(
+            x is y or is_size(x, y) or (isinstance(x, slice | type(None)) and x == y)
+            for x, y in zip(leaves, others, strict=True))
 
     def note(self, name: str, args: Sequence[Any], given: dict[str, Any], found: Any) -> None:
         """Remember matrices and vectors that are parts of larger tensors, and transposed ones."""
         if not isinstance(found, tuple | Tensor) or not args or not isinstance(args[0], Tensor):
             return
         x = args[0]
+        if name in VIEWS and isinstance(found, Tensor):
+            self.origins[id(found)] = name, x, (tuple(args[1:]), given)
+            self.alive.append(found)  # so that no address is seen twice
         if name == "__getitem__" and isinstance(args[1], int) and isinstance(found, Tensor):
             self.parts[id(found)] = _Part(x, args[1] if args[1] >= 0 else x.shape[0] + args[1], found)
         elif name in ("unbind", "__iter__") and isinstance(found, tuple):
@@ -239,9 +281,6 @@ def name_of(func: Any) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
-
-
-
 def is_size(size: Any, number: Any) -> bool:
     """Whether two sizes are known to be equal, without asking the exporter to take it for granted."""
     if isinstance(size, int) and isinstance(number, int):
@@ -250,26 +289,11 @@ def is_size(size: Any, number: Any) -> bool:
         size.node.expr == number.node.expr)
 
 
-
-
-
 def _keeps_rows(index: Any, rank: int) -> bool:
     """Whether `x[index]` has all of x's rows, in order, along its first axis."""
     entries = index if isinstance(index, tuple) else (index,)
     if any(isinstance(entry, Tensor | list) for entry in entries):
         return False
     if entries[0] is Ellipsis:
-        return len([entry for entry in entries[1:] if entry is not None]) < rank and all(
-            entry is not None for entry in entries[1:2])
+        return len([entry for entry in entries[1:] if entry is not None]) < rank
     return isinstance(entries[0], slice) and entries[0] == slice(None)
-
-
-def _same(column: tuple[Any, ...]) -> Any:
-    """An argument that is the same for every expert."""
-    first = column[0]
-    if isinstance(first, Tensor):
-        if any(one is not first for one in column):
-            raise NotByRow("experts read different tensors outside of a linear map")
-    elif any(isinstance(one, Tensor | Rows) or one != first for one in column):
-        raise NotByRow("not every expert does the same")
-    return first

@@ -24,7 +24,8 @@ _RULES: tuple[tuple[str, str, str], ...] = (
      "unpack it with pad_packed_sequence first: elsewhere its padding would count"),
     (r"NotByRow|rows of (one|different|some|the) experts?",
      "rows of the experts are used in a way that cannot be done for all experts at once",
-     "for each expert, work row by row: linear maps and elementwise functions"),
+     "do the same for each expert, row by row: linear maps and elementwise functions; or give an equivalent, "
+     "`dlbc.register_moe`: docs/moe_models.md has an example"),
     (r"pack_padded_sequence|_pack_padded_sequence|PackedSequence",
      "pack_padded_sequence cannot be captured: its sizes depend on the data",
      "give padded sequences to the recurrent layer and mask what it returns"),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from torch.export.graph_signature import InputKind
 
 from dlbc.errors import DlbcError, ExportError
 from dlbc.frontends.expert_capture import portable_experts
+from dlbc.frontends.expert_rows import NotByRow
 from dlbc.frontends.failures import brief, elsewhere, explained
-from dlbc.frontends.grouped_capture import drop_counts, grouped_rows
+from dlbc.frontends.in_place import exchange_in_place
 from dlbc.frontends.inputs import (
     INJECTED,
     Args,
@@ -40,6 +43,7 @@ from dlbc.frontends.inputs import (
     text_shape,
     value_name,
 )
+from dlbc.frontends.loop_capture import ExpertLoops, by_content, drop_assumptions, expert_loops
 from dlbc.frontends.quiet import evaluating, quiet
 from dlbc.frontends.recurrent_capture import recurrent_layers
 from dlbc.frontends.registered_capture import check_registered, registered_forwards
@@ -100,6 +104,7 @@ class _Capture:
     bound: dict[str, Any]
     named: dict[str, Tensor]
     examples: dict[str, Tensor] = field(default_factory=dict)
+    loops: int = 0
 
     def run(self, axes: Axes) -> tuple[ExportedProgram, Sizes, dict[str, str]]:
         """The program, names of its sizes, and the axes that had to become static with the reasons."""
@@ -119,6 +124,7 @@ class _Capture:
                 gone |= {} if gone else self.conditions(program, sizes, axes)
                 gone |= {} if gone else self.singles(program, sizes, axes)
                 if not gone:
+                    self.compare_loops(program)
                     for (name, axis), reason in static.items():
                         log.info("axis %d of input `%s` is static: %s", axis, name, reason)
                     return program, sizes, {f"{name}.{axis}": reason for (name, axis), reason in static.items()}
@@ -148,12 +154,27 @@ class _Capture:
         for name, own in axes.items():
             shapes[self.examples[name]] = dict.fromkeys(own, ExportDim.AUTO)
         spec = shapes.dynamic_shapes(self.model, args, kwargs) if axes else None
-        with (portable_experts(self.model), registered_forwards(self.model), recurrent_layers(self.model),
-              grouped_rows() as loops):
-            program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
-        if loops.joined:
-            drop_counts(program)
-        return _functional(program)
+        return self.traced(args, kwargs, spec)
+
+    def traced(self, args: Args, kwargs: Kwargs, spec: Any) -> ExportedProgram:
+        """The exporter's program. Where something depends on data, loops over experts are followed in a second try,
+        and in a third one each expert is taken to have rows."""
+        attempts: list[Callable[[], AbstractContextManager[ExpertLoops | None]]] = [
+            nullcontext, expert_loops, partial(expert_loops, True)]
+        first: Exception | None = None
+        while True:
+            try:
+                with (portable_experts(self.model), registered_forwards(self.model), recurrent_layers(self.model),
+                      attempts.pop(0)() as loops):
+                    program = torch.export.export(self.model, args, kwargs, dynamic_shapes=spec, strict=False)
+            except Exception as problem:
+                first = first or problem
+                if not attempts or not by_content(problem):
+                    raise problem if isinstance(problem, NotByRow) else first from None
+                continue
+            self.loops = 0 if loops is None else loops.joined
+            if loops is not None or not any(map(by_content, program.range_constraints)):
+                return _functional(program, drop_assumptions if self.loops else None)
 
     def call(self, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
         """Values by parameter as a call: all by name, except what `*args` forces to be positional."""
@@ -241,9 +262,19 @@ class _Capture:
                       if self.named[key[0]].shape[key[1]] == 1}
         return found
 
-    def agrees(self, program: ExportedProgram, own: list[tuple[str, int]], shapes: list[tuple[int, ...]]) -> bool:
+    def compare_loops(self, program: ExportedProgram) -> None:
+        """ExportError where the model has loops over experts that do more than their captured forms (CPU only)."""
+        if self.loops and not self.agrees(program, [], None):
+            raise ExportError("loops over experts were captured for all experts at once, but what comes out is not "
+                              "what the model gives on the example inputs", where=type(self.model).__name__,
+                              hint="something else than the experts' sum depends on which experts have rows; register "
+                                   "an equivalent: `dlbc.register_moe` (docs/moe_models.md)")
+
+    def agrees(self, program: ExportedProgram, own: list[tuple[str, int]], shapes: list[tuple[int, ...]] | None
+               ) -> bool:
         """Whether the model's outputs have these shapes, and are the program's, where it is given 1 for its `own`
-        axes. Asked on the CPU only: elsewhere a failure could not be undone."""
+        axes. Asked on the CPU only: elsewhere a failure could not be undone. The model's experts run as they are
+        captured: the user's setting may be one that this machine cannot run, which says nothing about sizes."""
         if any(x.device.type != "cpu" for x in (*self.examples.values(), *self.model.parameters())):
             return True
         narrow = dict(self.examples)
@@ -261,7 +292,8 @@ class _Capture:
             log.debug("the model fails for size 1: %s", brief(problem))
             return False
         outputs, captured = ([x for x in pytree.tree_leaves(run) if isinstance(x, Tensor)] for run in runs)
-        return [tuple(x.shape) for x in outputs] == shapes and all(map(_close, outputs, captured))
+        found = [tuple(x.shape) for x in outputs]
+        return shapes in (None, found) and len(outputs) == len(captured) and all(map(_close, outputs, captured))
 
     def fakes(self, program: ExportedProgram) -> dict[str, Tensor]:
         """The exporter's fake tensors of the inputs by our names."""
@@ -314,10 +346,13 @@ def _without(axes: Axes, gone: Mapping[tuple[str, int], str]) -> Axes:
     return {name: own for name, own in kept.items() if own}
 
 
-def _functional(program: ExportedProgram) -> ExportedProgram:
+def _functional(program: ExportedProgram, clean: Callable[[ExportedProgram], None] | None) -> ExportedProgram:
     """The program without in-place operators. Operators that we have no handler for are decomposed where torch
     knows how, all others stay as they are. Most programs are so from the start; running them through the exporter
-    again would cost more than the first time, and change nothing."""
+    again would cost more than the first time, and change nothing. `clean` is done to each program."""
+    clean = clean or (lambda program: None)
+    clean(program)
+    exchange_in_place(program.graph_module)
     if _is_functional(program):
         return program
     known: Any = torch.export.default_decompositions()
@@ -328,6 +363,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             break
         table |= more
         program = program.run_decompositions(dict(table))
+        clean(program)
         if not unknown(program.graph_module):
             break
     return program

@@ -48,7 +48,10 @@ class Translation:
 
     def run(self, module: fx.GraphModule) -> tuple[Any, ...]:
         """Translate every node after the placeholders, which must be known; the output node's arguments."""
+        alive = _alive(module.graph)
         for node in module.graph.nodes:
+            if node not in alive:
+                continue
             if node.op == "output":
                 found: tuple[Any, ...] = self._arguments(node.args[0])
                 return found
@@ -220,6 +223,18 @@ class Translation:
         own = op.place.rpartition(".")[2]
         speaks = is_last and op.place in self.leaves and re.fullmatch(r"(?!([A-Z]|s\d+)$)[A-Za-z_]\w*", own)
         return own if speaks else op.name
+
+
+def _alive(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output depends on: others may have sizes that only the data knows."""
+    alive: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in alive:
+            alive.add(node)
+            waiting += node.all_input_nodes
+    return alive
 
 
 def _handler(target: torch._ops.OpOverload, at: Tracer) -> Handler:

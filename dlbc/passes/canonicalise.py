@@ -300,7 +300,7 @@ def _as_literal(operand: Operand, flow: Dataflow) -> Operand:
 
 
 _RULES: dict[str, Local] = {
-    "reshape": _reshape, "slice": _slice, "select": _select, "permute": _permute, "expand": _expand, "cast": _cast, "neg": _neg,
-    "logical_not": _not, "bitwise_not": _not, "matmul": _matmul, "add": _add, "mul": _swapped,
+    "reshape": _reshape, "slice": _slice, "select": _select, "permute": _permute, "expand": _expand, "cast": _cast,
+    "neg": _neg, "logical_not": _not, "bitwise_not": _not, "matmul": _matmul, "add": _add, "mul": _swapped,
     "bitwise_and": _swapped, "logical_and": _swapped, "bitwise_or": _swapped, "logical_or": _swapped,
 }

@@ -65,6 +65,7 @@ class Fuse(Pass):
             escaping |= {v.name for v in (*section.results, *section.saves)}
             body = _Fusing(self, spread(section.body, escaping, taken), escaping).run(name[0], numbers)
             graph = with_section(graph, name, replace(section, body=body))
+        graph = _unpaired(graph)
         streamed = {op.attrs["function"] for _, section in graph.sections() for op in section.ops
                     if op.name == "stream"}
         streamed |= {op.attrs["function"] for f in graph.functions.values() for item in f.body
@@ -80,6 +81,20 @@ class Fuse(Pass):
             for r in op.results}
         items = spread(function.body, escaping, taken)
         return replace(function, body=_Fusing(self, items, escaping).run("b", numbers))
+
+
+def _unpaired(graph: Graph) -> Graph:
+    """Without the pairing of relevance ops with forward values that are gone, as copies stand for them."""
+    if graph.relevance is None:
+        return graph
+    known = {p.name for p in graph.forward.params} | {r.name for op in graph.forward.ops for r in op.results}
+
+    def plain(op: Op) -> Op:
+        return replace(op, of="") if op.of and op.of not in known else op
+
+    return replace(graph, relevance=replace(graph.relevance, body=tuple(
+        replace(item, body=tuple(map(plain, item.body))) if isinstance(item, Kernel) else plain(item)
+        for item in graph.relevance.body)))
 
 
 class _Fusing:

@@ -122,6 +122,9 @@ def _unshifted(x: Operand, flow: Dataflow) -> Operand:
 
 def _of_heads(column: Operand, heads: Dim, flow: Dataflow, at: Builder) -> Operand:
     """[H] where a column [B,H,T,1] has one number for each head; None where it has more."""
+    number, kind = flow.number(column), type_of(column)
+    if number is not None:
+        return at.full(shape=(heads,), value=float(number), dtype=kind.dtype)
     x = flow.uncast(column)
     while (wide := flow.op(x, "expand")) is not None:
         x = flow.uncast(wide.operands[0])

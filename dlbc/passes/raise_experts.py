@@ -3,7 +3,7 @@
 A mixture is exported as plain products: the matrices of the chosen experts are copied out for each token,
 `matmul(weight[ids], x)`, which no backend should ever do. What is recognised is this dataflow, whoever wrote it:
 
-- `matmul(weight[ids], x)` or `matmul(x, weight[ids])`, plus `bias[ids]`, is `expert_linear`;
+- `matmul(weight[ids], x)` or `matmul(x, weight[ids])`, or an `einsum` of both, plus `bias[ids]`, is `expert_linear`;
 - the sum over the chosen experts of their results times numbers is `combine`;
 - the `topk` that the ids come from is `route_topk`, with what is gathered from the scores by its ids.
 """
@@ -89,28 +89,66 @@ class _Raising:
         """What stands for the results of an op; None to keep it."""
         if op.name == "topk":
             return self._route(op, at)
-        one = {"matmul": self._product, "add": self._biased, "sum": self._combined,
-               "gather": self._gathered}.get(op.name)
+        one = {"matmul": self._product, "einsum": self._summed, "add": self._biased, "sum": self._combined,
+               "mul": self._weighted, "gather": self._gathered, "softmax": self._certain}.get(op.name)
         found = one(op, at) if one is not None else None
         return None if found is None else (found,)
 
     # --- products ---------------------------------------------------------------------------------------
 
     def _product(self, op: Op, at: Builder) -> Value | None:
-        """`matmul(weight[ids] [..., out, in], x [..., in, 1])`, or `matmul(x [..., 1, in], weight[ids] [..., in, out])`.
-        """
+        """`matmul(weight[ids] [.., out, in], x [.., in, 1])`, or `matmul(x [.., 1, in], weight[ids] [.., in, out])`."""
         for position in (0, 1):
-            gathered = self.flow.op(op.operands[position], "index")
+            gathered, swapped = self._matrices(op.operands[position])
             ids, vector = _ids(gathered, self.flow), op.operands[1 - position]
             if gathered is None or ids is None or not isinstance(vector, Value):
                 continue
             shape = vector.type.shape
             rows, size = shape[:-2], shape[-2] if position == 0 else shape[-1]
-            if shape[-1 if position == 0 else -2] != 1 or rows != ids.type.shape:
+            if shape[-1 if position == 0 else -2] != 1 or rows not in (ids.type.shape, (*ids.type.shape[:-1], 1)):
                 continue
+            single = self.flow.op(ids, "reshape")
+            one = single.operands[0] if single is not None else None
+            if isinstance(one, Value) and one.type.shape == (*rows, 1):  # one expert for each row
+                ids, rows = one, (*rows, 1)
             x = self._unrepeated(vector, (*rows, size), at)
-            found = at.expert_linear(x, ids, gathered.operands[0], transposed=position == 1)
+            found = at.expert_linear(x, ids, gathered.operands[0], transposed=(position == 1) != swapped)
             return as_type(at, at.reshape(found, shape=op.result.type.shape), op.result.type)
+        return None
+
+    def _matrices(self, operand: Operand) -> tuple[Op | None, bool]:
+        """The op that gathers matrices, and whether their axes were swapped afterwards."""
+        moved = self.flow.op(operand, "permute")
+        if moved is None:
+            return self.flow.op(operand, "index"), False
+        rank, dims = moved.result.type.rank, attr(moved, "dims")
+        swaps = (*range(rank - 2), rank - 1, rank - 2)
+        return (self.flow.op(moved.operands[0], "index"), True) if dims == swaps else (None, False)
+
+    def _summed(self, op: Op, at: Builder) -> Value | None:
+        """The same as `einsum("bkoi,bi->bko", weight[ids], x)`, or with another x for each expert, `bki`; and the sum
+        over experts, `einsum("bkd,bk->bd", u, w)`."""
+        terms, output = str(attr(op, "equation")).split("->")
+        letters = terms.split(",")
+        for position in (0, 1) if len(op.operands) == 2 else ():
+            u, w, own = op.operands[position], op.operands[1 - position], letters[position]
+            if letters[1 - position] == own[:-1] and output == own[:-2] + own[-1:] and isinstance(u, Value) \
+                    and self._made(u, u.type):
+                return as_type(at, at.combine(u, w), op.result.type)
+        for position in (0, 1) if len(op.operands) == 2 else ():
+            gathered, x, own, other = (self.flow.op(op.operands[position], "index"), op.operands[1 - position],
+                                       letters[position], letters[1 - position])
+            ids = _ids(gathered, self.flow)
+            if gathered is None or ids is None or not isinstance(x, Value) or not other:
+                continue
+            rows, outer, inner = own[:-2], own[-2], own[-1]
+            transposed = other[-1] == outer
+            outer, inner = (inner, outer) if transposed else (outer, inner)
+            if other[-1] != inner or output != rows + outer or other[:-1] not in (rows, rows[:-1]):
+                continue
+            if other[:-1] != rows:
+                x = at.reshape(x, shape=(*x.type.shape[:-1], 1, x.type.shape[-1]))
+            return as_type(at, at.expert_linear(x, ids, gathered.operands[0], transposed=transposed), op.result.type)
         return None
 
     def _unrepeated(self, x: Value, shape: tuple[object, ...], at: Builder) -> Value:
@@ -125,22 +163,27 @@ class _Raising:
         return source if isinstance(source, Value) and source.type.shape == shape else at.reshape(x, shape=shape)
 
     def _biased(self, op: Op, at: Builder) -> Value | None:
-        """`expert_linear(x, ids, weight) + bias[ids]`."""
+        """`expert_linear(x, ids, weight) + bias[ids]`, both in the same shape."""
         for x, other in orders(op):
-            linear, gathered = self._experts(x), self.flow.op(other, "index")
+            linear, gathered = self._through(x, "expert_linear"), self.flow.op(other, "index")
             ids = _ids(gathered, self.flow, rank=2)
-            if linear is not None and gathered is not None and len(linear.operands) == 3 and ids == linear.operands[1]:
-                return as_type(at, at.expert_linear(*linear.operands, gathered.operands[0], **linear.attrs),
-                               op.result.type)
+            if linear is None or gathered is None or ids is None or len(linear.operands) != 3:
+                continue
+            if type_of(x).shape == type_of(other).shape == op.result.type.shape and self._source(ids) == self._source(
+                    linear.operands[1]):
+                found = at.expert_linear(*linear.operands, gathered.operands[0], **linear.attrs)
+                return as_type(at, at.reshape(found, shape=op.result.type.shape), op.result.type)
         return None
 
-    def _experts(self, x: Operand) -> Op | None:
-        """The `expert_linear` that an operand is, reshapes that change nothing left out."""
-        shape = type_of(x).shape
+    def _source(self, x: Operand) -> Operand:
+        """An operand before reshapes."""
         while (inner := self.flow.op(x, "reshape")) is not None:
             x = inner.operands[0]
-        found = self.flow.op(x, "expert_linear")
-        return found if found is not None and found.result.type.shape == shape else None
+        return x
+
+    def _through(self, x: Operand, name: str) -> Op | None:
+        """The op called `name` that an operand is, reshapes left out."""
+        return self.flow.op(self._source(x), name)
 
     # --- what experts say, and which ----------------------------------------------------------------------
 
@@ -154,10 +197,31 @@ class _Raising:
         for u, w in orders(product) if product is not None else ():
             if type_of(w).shape == (*kind.shape[:-1], 1) and type_of(u).shape == kind.shape and self._made(u, kind):
                 return as_type(at, at.combine(u, self._column(w, at)), op.result.type)
+        summed = self._through(x, "combine")
+        if summed is not None and summed.result.type.shape == op.result.type.shape:  # of one expert, done already
+            return as_type(at, summed.result, op.result.type)
         if self._made(x, kind):
             return as_type(at, at.combine(x, at.full(shape=kind.shape[:-1], value=1.0, dtype=kind.dtype)),
                            op.result.type)
         return None
+
+    def _weighted(self, op: Op, at: Builder) -> Value | None:
+        """`u [*rows,D] * w [*rows,1]`, u made by the one expert of each row; or with an axis of size 1 for it."""
+        shape, dtype = op.result.type.shape, op.result.type.dtype
+        for u, w in orders(op):
+            if len(shape) < 2 or type_of(u).shape != shape or type_of(w).shape != (*shape[:-1], 1):
+                continue
+            kind = Type(dtype, shape if shape[-2] == 1 else (*shape[:-1], 1, *shape[-1:]))
+            if self._single(u, kind):
+                found = at.combine(at.reshape(u, shape=kind.shape), at.reshape(w, shape=kind.shape[:-1]))
+                return as_type(at, at.reshape(found, shape=shape), op.result.type)
+        return None
+
+    def _single(self, u: Operand, kind: Type) -> bool:
+        """Whether a value [*rows,D] is what one expert says of each row, as it comes out of its last matrix."""
+        while (inner := self.flow.op(u, "reshape", "cast")) is not None:
+            u = inner.operands[0]
+        return type_of(u).shape == kind.shape and self.flow.op(u, "expert_linear") is not None
 
     def _column(self, w: Operand, at: Builder) -> Value:
         """w [*rows,K,1] without its last axis."""
@@ -198,6 +262,14 @@ class _Raising:
         weights, found = at.op("route_topk", scores, choice, k=attr(op, "k"))
         self.weights[scores.name, found.name] = weights
         return at.zeros(numbers.type), found
+
+    def _certain(self, op: Op, at: Builder) -> Value | None:
+        """The share of one expert among one is 1, whatever its score: nothing that a router could decide."""
+        dim, shape = attr(op, "dim"), op.result.type.shape
+        alone = isinstance(dim, int) and shape[axis(len(shape), dim)] == 1
+        if not alone or self.flow.op(op.operands[0], "linear", "route_topk") is None:
+            return None
+        return at.full(shape=shape, value=1.0, dtype=op.result.type.dtype)
 
     def _known(self, operand: Operand) -> bool:
         """Whether a value is defined already."""

@@ -12,7 +12,9 @@ from dlbc.passes import Pass, register
 from dlbc.passes.match import Dataflow, floating, orders, replace_ops
 
 _LINEAR = ("linear", "conv1d", "conv2d", "conv3d", "expert_linear")
-_MOVES = ("reshape", "permute", "slice", "select", "clamp")
+_MOVES = ("reshape", "permute", "slice", "select")
+_BENT = ("clamp", "add")
+"""What may stand between a linear map and a gated product; of sums those with constants."""
 
 
 @register
@@ -40,7 +42,8 @@ def _raise(op: Op, flow: Dataflow, at: Builder) -> Operand:
         if not activation or not floating(up):
             continue
         gate = flow.definitions[_named(activated)].operands[0]
-        if gate != up and _source(gate, flow) is not None and _source(gate, flow) == _source(up, flow):
+        own = _through(gate, flow, _BENT) == _through(up, flow, _BENT)
+        if not own and _source(gate, flow) is not None and _source(gate, flow) == _source(up, flow):
             return at.glu(gate, up, activation=activation)
     return None
 
@@ -54,18 +57,24 @@ def _activation(op: Op | None) -> str:
 
 
 def _source(operand: Operand, flow: Dataflow) -> str | None:
-    """What a linear map, seen through moves and sums with constants, reads."""
-    while (step := flow.op(operand, *_MOVES, "add")) is not None:
-        parts = orders(step) if step.name == "add" else [(step.operands[0], 0)]
-        inner = next((x for x, other in parts if flow.constant(other) or flow.number(other) is not None), None)
-        if inner is None:
-            break
-        operand = inner
+    """What a linear map, seen through moves, clamps and sums with constants, reads."""
+    operand = _through(operand, flow, (*_MOVES, *_BENT))
     linear = flow.op(operand, *_LINEAR)
     if linear is None:
         product = flow.op(operand, "matmul")
         linear = product if product is not None and flow.constant(product.operands[1]) else None
     return _named(linear.operands[0]) if linear is not None else None
+
+
+def _through(operand: Operand, flow: Dataflow, names: tuple[str, ...]) -> Operand:
+    """What an operand is computed from through ops of these names."""
+    while (step := flow.op(operand, *names)) is not None:
+        parts = orders(step) if step.name == "add" else [(step.operands[0], 0)]
+        inner = next((x for x, other in parts if flow.constant(other) or flow.number(other) is not None), None)
+        if inner is None:
+            break
+        operand = inner
+    return operand
 
 
 def _named(operand: Operand) -> str:

@@ -16,7 +16,7 @@ from dlbc.ir.dims import Sym
 from dlbc.ir.ops import OPS, attr
 from dlbc.passes import Pass, register
 from dlbc.passes.carriers import carriers
-from dlbc.passes.rewrite import users
+from dlbc.passes.rewrite import live, users
 
 _ACROSS_ROWS = ("attention", "attention_weights", "matmul", "einsum")
 """Ops in which rows know of each other: what has gone through one is no expert's answer to a row."""
@@ -73,7 +73,7 @@ def find_mixtures(graph: Graph) -> tuple[Mixture, ...]:
     definitions, readers, carrying = graph.forward.definitions(), users(graph.forward), carriers(graph)
     found: list[Mixture] = []
     places: dict[str, int] = {}
-    for op in graph.forward.ops:
+    for op in live(tuple(graph.forward.ops), graph.forward.results):
         u, weights = (*op.operands, None, None)[:2]
         if op.name != "combine" or op.result.name not in carrying or not isinstance(weights, Value):
             continue
@@ -122,7 +122,7 @@ def _shared(combine: Op, first: Op, definitions: dict[str, Op], readers: dict[st
     if len(own) != 1 or own[0].name != "add" or given is None:
         return "", ""
     other = next((o for o in values(own[0].operands) if o != value), None)
-    if other is None or other.name not in carrying or other == given or not _made_of(other, given, definitions):
+    if other is None or other.name not in carrying or not _made_of(other, given, definitions):
         return "", ""
     return other.name, own[0].result.name
 
@@ -136,16 +136,16 @@ def _base(operand: Operand, definitions: dict[str, Op]) -> Value | None:
 
 
 def _made_of(value: Value, given: Value, definitions: dict[str, Op]) -> bool:
-    """Whether a value is computed from `given`, row by row."""
-    todo, seen = [value], set[str]()
+    """Whether a value is made of `given` by layers, row by row."""
+    todo, seen = [(value, False)], set[tuple[str, bool]]()
     while todo:
-        one = todo.pop()
-        if one == given:
+        one, layered = todo.pop()
+        if one == given and layered:
             return True
         op = definitions.get(one.name)
-        if op is not None and one.name not in seen and op.name not in _ACROSS_ROWS:
-            seen.add(one.name)
-            todo += values(op.operands)
+        if op is not None and (one.name, layered) not in seen and op.name not in _ACROSS_ROWS:
+            seen.add((one.name, layered))
+            todo += [(v, layered or op.name in ("linear", "expert_linear")) for v in values(op.operands)]
     return False
 
 

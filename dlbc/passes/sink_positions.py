@@ -45,7 +45,8 @@ def sequence_output(graph: Graph, wanted: str) -> tuple[Value, Dim, Dim] | None:
     """The output [B, T, V] that has a number per position of an integer input [B, T], with B and T; else None."""
     outputs = graph.attrs.get("outputs")
     named = dict(zip(outputs, graph.forward.results, strict=False)) if isinstance(outputs, tuple) else {}
-    chosen = named.get(wanted or "logits") or (graph.forward.results[0] if len(graph.forward.results) == 1 else None)
+    only = (*named.values(), *graph.forward.results)[0] if 1 in (len(named), len(graph.forward.results)) else None
+    chosen = named.get(wanted or "logits") or only
     if chosen is None or chosen.type.rank != 3 or not chosen.type.floating:
         return None
     batch, length, _ = chosen.type.shape

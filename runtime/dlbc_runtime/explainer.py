@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlbc_runtime import cuda_graphs as cuda_graphs_of
 from dlbc_runtime.arrays import Json, as_numpy
 from dlbc_runtime.call import Call, Loaded, check_contrastive
 from dlbc_runtime.engines import Engine, engine
 from dlbc_runtime.errors import ArtifactError, InputError
+from dlbc_runtime.expert_layer import ExpertSpec
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.memory import Memory, as_bytes
 from dlbc_runtime.padding import padded
@@ -54,7 +56,8 @@ class Explainer:
                  default: Variant | None = None, build: Build | None = None, recompile: Recompile | None = None,
                  draw: Draw | None = None, compile_kernels: CompileKernels | None = None,
                  recipe: Mapping[str, Json] | None = None,
-                 reference: Reference | None = None, memory_budget: int | None = None, model: Any = None) -> None:
+                 reference: Reference | None = None, memory_budget: int | None = None, model: Any = None,
+                 cuda_graphs: bool = False) -> None:
         self._model = model
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
@@ -65,6 +68,9 @@ class Explainer:
         self._recipe = dict(recipe or {})
         self._reference = reference
         self._memory_budget = memory_budget
+        self._cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            cuda_graphs_of.require(self._manifest.backend, self._weights, memory_budget)
         self._engine: Engine = engine(self.manifest.backend, self._weights)
         self._loaded: dict[Variant, Loaded] = {}
         self._resized: dict[tuple[tuple[int, ...], ...], Explainer] = {}
@@ -78,6 +84,12 @@ class Explainer:
     def manifest(self) -> Manifest:
         """What is known about the default program: model, rules, inputs, outputs, weights, versions."""
         return self._manifest
+
+    @property
+    def experts(self) -> tuple[ExpertSpec, ...]:
+        """The layers of a mixture of experts, in the order of the model: where each is, how many experts it has and how
+        many a token is routed to, and whether some are shared; none for other models."""
+        return self._manifest.experts
 
     @property
     def programs(self) -> Mapping[Variant, Program]:
@@ -193,6 +205,8 @@ class Explainer:
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
         check_sinks(sinks)
         budget = self._memory_budget if memory_budget is None else as_bytes(memory_budget)
+        if self._cuda_graphs:
+            cuda_graphs_of.require(self.manifest.backend, self._weights, budget)
         compared = self._compared(reference)
         if any(isinstance(given, list | tuple) for given in (*args, *kwargs.values())):
             args, kwargs, lengths = padded(self.manifest.inputs, args, kwargs, self.manifest.pad, self._engine.array)
@@ -297,13 +311,15 @@ class Explainer:
             bounds.check(as_numpy(given[bounds.input]))
 
     def with_options(self, **options: Any) -> Explainer:
-        """The same explainer with another default: `keep`, `output`, `all_positions`, `checkpoint`, `memory_budget`."""
+        """The same explainer with another default: `keep`, `output`, `all_positions`, `checkpoint`, `memory_budget`; or
+        with `cuda_graphs=True`, where the model is on an NVIDIA GPU (`docs/triton.md`)."""
         budget = options.pop("memory_budget", self._memory_budget)
+        graphs = bool(options.pop("cuda_graphs", self._cuda_graphs))
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
                          recompile=self._recompile, draw=self._draw, compile_kernels=self._compile_kernels,
-                         recipe=self._recipe, model=self._model,
+                         recipe=self._recipe, model=self._model, cuda_graphs=graphs,
                          reference=self._reference, memory_budget=None if budget is None else as_bytes(budget))
 
     def forward(self, *args: Any, target: object = None, **kwargs: Any) -> tuple[dict[str, Any], Any]:
@@ -353,7 +369,8 @@ class Explainer:
                             hint="load it with dlbc.load, which can compile one, or save an explainer that has it")
                     self._programs[variant] = self._build(variant)
                 program = self._programs[variant]
-                self._loaded[variant] = Loaded(program, program.module())
+                module: Any = program.module()
+                self._loaded[variant] = Loaded(program, cuda_graphs_of.Graphed(module) if self._cuda_graphs else module)
             return self._loaded[variant]
 
     def _weights_state(self) -> object:
@@ -393,7 +410,8 @@ class Explainer:
         key = tuple(tuple(int(size) for size in v.shape) for v in tensors)
         if key not in self._resized:
             log.info("compiling again for sizes %s: %s", key, "; ".join(self.manifest.static.values()) or problem.fact)
-            self._resized[key] = self._recompile(args, kwargs)
+            other = self._recompile(args, kwargs)
+            self._resized[key] = other.with_options(cuda_graphs=True) if self._cuda_graphs else other
         return self._resized[key]
 
     def _say_once(self, text: str) -> None:

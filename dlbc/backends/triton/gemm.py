@@ -115,9 +115,10 @@ class GemmWriter(Writer):
         return sum(2 if set(self.dtypes(op)) == {"f32", "bf16"} else 1 for op in self.products)
 
     def held(self) -> float:
-        """Numbers that a thread keeps for each number of an operand (see `Product`)."""
+        """Numbers that a thread keeps for each number of an operand (see `Product`). Without tensor cores all of them:
+        ptxas loads a whole step ahead, and deep ones do not fit."""
         if not self.loads()[2]:
-            return float(any(self.root(operand) != operand for op in self.products for operand in factors(op)))
+            return 1.0
         parts = {"halves": 1.5, "tf32x3": 2.0, "tf32": 1.0}
         return sum(parts.get(self.way(self.dtypes(op)), 0.0) for op in self.products)
 

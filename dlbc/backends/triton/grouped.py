@@ -77,8 +77,3 @@ class GroupedWriter(GemmWriter):
         """How many values with one number for each result are read after the products: the biases are none."""
         biases = {self.bias(op)[0] for op in self.products}
         return super().combined() - sum(o in biases and o.type.rank > 1 for o in self.site.inputs)
-
-    def held(self) -> float:
-        """Numbers that a thread keeps for each number of an operand: without tensor cores all of them, since ptxas
-        loads tiles of an expert's matrix ahead and deep ones do not fit."""
-        return super().held() if self.loads()[2] else 1.0

@@ -21,7 +21,7 @@ from dlbc.errors import RuleError
 from dlbc.ir.core import Attr, Op, Operand, Value
 from dlbc.ir.ops import STABILISER
 from dlbc.passes.rules import Contributions, Expansion, only, rule
-from dlbc.passes.rules.linear import LINEAR, LinearMap, _bias_shaped, channel_axis, linear_map
+from dlbc.passes.rules.linear import EXPERTS, LINEAR, LinearMap, _bias_shaped, channel_axis, linear_map
 
 EMPTY = 1e-5
 """The part of all contributions below which a difference of sums in float32 is taken for rounding."""
@@ -151,7 +151,7 @@ def absolute_0_1(at: Expansion, op: Op, r: Value) -> Contributions:
     """
     if op.name == "mean":
         return only(op, 0, linear_map(at, op).adjoint(r))
-    if op.name not in ("linear", "linear_rows", "matmul", "einsum"):
+    if op.name not in ("linear", "linear_rows", "matmul", "einsum", *EXPERTS):
         return absolute(at, op, r)
     linear = linear_map(at, op)
     magnitude, size = linear.absolute, at.abs(linear.x)

@@ -108,12 +108,28 @@ def _common(parts: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _row(of_row: Sequence[Experts], row: int, experts: Experts) -> Json:
-    """One batch row for all its targets."""
+    """One batch row for all its targets. Tokens that are routed nowhere, as masked ones, are left out."""
     tokens = _tokens(of_row[0])
+    seen = _routed(of_row, len(tokens))
     targets: list[Json] = [_target(one, seed) for seed, one in enumerate(of_row)]
     named = f"row {row}" + (f": {targets[0]}" if experts.target and len(targets) == 1 else "")
-    return {"name": named, "tokens": tokens, "targets": targets,
-            "layers": [_layer([one.layers[place] for one in of_row]) for place in range(len(experts))]}
+    return {"name": named, "tokens": [tokens[place] for place in seen], "positions": [int(place) for place in seen],
+            "targets": targets,
+            "layers": [_layer([one.layers[place] for one in of_row], seen if _count(layer) == len(tokens) else None)
+                       for place, layer in enumerate(of_row[0].layers)]}
+
+
+def _routed(of_row: Sequence[Experts], count: int) -> Array:
+    """Which of so many tokens are routed somewhere, or have relevance for some target; all where none is."""
+    found = np.zeros(count, bool)
+    for layer in of_row[0].layers:
+        if _count(layer) == count:
+            found |= (layer.ids.reshape(count, -1) >= 0).any(-1)
+    for one in of_row:
+        for layer in one.layers:
+            if _count(layer) == count:
+                found |= layer.by_token.reshape(count) != 0
+    return np.flatnonzero(found) if found.any() else np.arange(count)
 
 
 def _target(experts: Experts, seed: int) -> str:
@@ -134,15 +150,21 @@ def _count(layer: ExpertLayer) -> int:
     return layer.ids.size // layer.k
 
 
-def _layer(of_seeds: Sequence[ExpertLayer]) -> Json:
-    """One layer of a row: the arrays of all targets, one after the other."""
-    first = of_seeds[0]
-    full = float(np.abs(first.weights).max(initial=0.0))
-    weights = np.rint(first.weights / full * 32767) if full else first.weights
-    return {"ids": _packed(first.ids, "<i2"), "weights": _packed(weights, "<i2"), "full": full,
-            "relevance": _packed(np.stack([layer.relevance for layer in of_seeds]), "<f4"),
-            "shared": _packed(np.stack([np.zeros(0) if layer.shared is None else layer.shared for layer in of_seeds]),
-                              "<f4") if first.shared is not None else None}
+def _layer(of_seeds: Sequence[ExpertLayer], seen: Array | None) -> Json:
+    """One layer of a row: the arrays of all targets, one after the other, of some tokens or of all."""
+    first, tokens = of_seeds[0], slice(None) if seen is None else seen
+    count = _count(first)
+
+    def chosen(array: Array) -> Array:
+        return np.asarray(array.reshape(count, -1)[tokens])
+
+    weights = np.nan_to_num(chosen(first.weights), posinf=0.0, neginf=0.0)  # what is no number cannot be packed so
+    full = float(np.abs(weights).max(initial=0.0))
+    weights = np.rint(weights / full * 32767) if full else weights
+    shared = [chosen(layer.shared) for layer in of_seeds if layer.shared is not None]
+    return {"ids": _packed(chosen(first.ids), "<i2"), "weights": _packed(weights, "<i2"), "full": full,
+            "relevance": _packed(np.stack([chosen(layer.relevance) for layer in of_seeds]), "<f4"),
+            "shared": _packed(np.stack(shared), "<f4") if shared else None}
 
 
 def _packed(array: Array, kind: str) -> str:

@@ -30,7 +30,8 @@ def generation_html(explanation: GenerationExplanation, title: str = "") -> str:
         ("generation.css", *(experts.STYLES if found.experts else ())),
         ("parts.js", "generation.js", *(experts.SCRIPTS[1:] if found.experts else ())),
         experts=experts.view(found.experts) if found.experts else None, facts=_facts(found), notes=_notes(found),
-        plain="".join(found.tokens), has_words=several, has_sink=_has_sink(found), sink_kept=found.sinks is None, layers=list(found.layers),
+        plain="".join(found.tokens), has_words=several, has_sink=_has_sink(found), sink_kept=found.sinks is None,
+        layers=list(found.layers),
         has_source=bool(found.source_tokens), data=embedded(_data(found, several)))
 
 

@@ -11,6 +11,11 @@
     const full = sizes.length < 40 ? most : sizes[Math.floor((sizes.length - 1) * 0.98)];
     return { full, clipped: full < most };
   };
+  const largest = (values) => {
+    let place = 0;
+    values.forEach((one, i) => { if (Math.abs(one) > (Math.abs(values[place]) || 0)) place = i; });
+    return place;
+  };
   const limit = (values) => scaleOf(values).full;
   const legend = (section, { full, clipped }) => {
     section.querySelector(".low").textContent = signed(-full);
@@ -32,7 +37,7 @@
   const grid = (section, spec) => {
     const box = section.querySelector(".grid"), canvas = box.querySelector("canvas"), pen = canvas.getContext("2d");
     const line = box.querySelector(".line"), mark = box.querySelector(".cell");
-    let cursor = null, s = 10, h = 16;
+    let cursor = null, s = 10, h = 16, every = 1; // the size of a cell, and how many rows share a name
     const sharedAt = () => spec.experts * s + 8, sharedWidth = () => Math.max(s, 12);
     const barAt = () => spec.shared ? sharedAt() + sharedWidth() + 12 : spec.experts * s + 12;
     const left = (column) => column < spec.experts ? column * s : column === spec.experts ? sharedAt() : barAt();
@@ -48,7 +53,8 @@
     const draw = (side) => {
       const rows = spec.rows();
       [s, h] = [side, spec.height()];
-      const every = Math.ceil(12 / h), ratio = Math.min(2, devicePixelRatio || 1, Math.max(1, 12000 / (rows * h)));
+      every = Math.ceil(12 / h);
+      const ratio = Math.min(2, devicePixelRatio || 1, Math.max(1, 12000 / (rows * h)));
       const width = barAt() + spec.bars, height = rows * h;
       [canvas.width, canvas.height] = [width * ratio, height * ratio];
       [canvas.style.width, canvas.style.height] = [width + "px", height + "px"];
@@ -91,7 +97,7 @@
       box.querySelector(".corner").textContent = spec.rowName;
       ticks.replaceChildren(...marks, tick(barAt() + spec.bars / 2, spec.barName, ""));
       box.querySelector(".side").replaceChildren(...Array.from({ length: rows }, (_, row) => {
-        const name = make("div", "", row % every ? "" : spec.name(row));
+        const name = make("div");
         name.style.cssText = `height:${h}px;line-height:${Math.max(h - 1, 11)}px`;
         return name;
       }));
@@ -107,7 +113,11 @@
       line.hidden = row < 0;
       if (row >= 0) reveal(row);
       if (row >= 0) line.style.cssText = `left:0;top:${row * h}px;width:${barAt() + spec.bars}px;height:${h - 1}px`;
-      [...box.querySelector(".side").children].forEach((name, i) => name.classList.toggle("on", i === row));
+      [...box.querySelector(".side").children].forEach((name, i) => {
+        const named = i === row || (i % every === 0 && (row < 0 || Math.abs(i - row) >= every));
+        name.textContent = named ? spec.name(i) : "";
+        name.classList.toggle("on", i === row);
+      });
     };
     const point = (row, column) => {
       const lines = row === null ? null : spec.say(row, column);
@@ -209,7 +219,6 @@
     // The maps
 
     const room = () => Math.max(320, find(".drawn").clientWidth);
-    const sideWidth = Math.min(150, 12 + 7 * Math.max(...layers.map((layer) => layer.name.length)));
     const common = { rowName: "token", experts: most, shared, bars: 72, ranked: () => state.ranked };
     const twin = {
       ...common, rowName: "layer", rows: () => layers.length, name: (row) => layers[row].name,
@@ -256,11 +265,11 @@
     // One layer
 
     let cells = []; // of the chosen layer: for each token a map from column to the place of its choice
-    let stripFull = 0;
+    let stripFull = 0, barFull = 0;
     const strip = grid(find(".strip"), {
       ...common, rows: () => found[state.layer].tokens, name: (row) => label(row, state.layer),
       height: () => Math.max(2, Math.min(18, Math.floor(12000 / found[state.layer].tokens))),
-      barName: "all", bar: (row) => strength(found[state.layer].of[row], limit([...found[state.layer].of])),
+      barName: "all", bar: (row) => strength(found[state.layer].of[row], barFull),
       chosen: () => found[state.layer].tokens === rows[state.row].tokens.length ? state.token : -1,
       choose: (row) => { if (found[state.layer].tokens === rows[state.row].tokens.length) choose(row); },
       colour: (row, column, colour) => {
@@ -285,6 +294,7 @@
       one.ids.forEach((id, place) => { if (id >= 0) cells[Math.floor(place / k)].set(id, place); });
       const scale = scaleOf([...one.relevance, ...(one.own || [])]);
       stripFull = scale.full;
+      barFull = limit([...one.of]);
       find(".strip-name").textContent = `${layers[state.layer].place}: token by expert`;
       legend(find(".strip"), scale);
       find(".strip .sum b").textContent = signed(one.entering);
@@ -320,6 +330,12 @@
       span.setAttribute("aria-label", `${shown(rows[state.row].tokens[i])}: ${signed(byToken[i])}`);
       span.tabIndex = i === state.token ? 0 : -1;
     });
+    const reveal = () => { // within the box of words
+      const span = spans[state.token], top = span ? span.offsetTop - words.offsetTop : 0;
+      if (span && (top < words.scrollTop || top + span.offsetHeight > words.scrollTop + words.clientHeight)) {
+        words.scrollTop = top - words.clientHeight / 2;
+      }
+    };
     /** The experts of a layer at the token, the favouring ones first; weak ones together, where they are many. */
     const shares = (i, listed) => {
       const one = found[i], k = layers[i].k, own = [];
@@ -352,8 +368,9 @@
       find("input[name=all]").closest("form").hidden = !many;
       const strongest = new Set(many && !state.all
         ? [...there].sort((a, b) => sizes.get(b) - sizes.get(a)).slice(0, 10) : there);
+      const called = (i) => (/^\d+$/.test(layers[i].name) ? "layer " : "") + layers[i].name;
       const groups = there.filter((i) => strongest.has(i) && sizes.get(i) > 0)
-        .map((i) => ({ name: /^\d+$/.test(layers[i].name) ? `layer ${layers[i].name}` : layers[i].name, place: layers[i].place, list: shares(i, strongest.size > 6 ? 3 : 7) }));
+        .map((i) => ({ name: called(i), place: layers[i].place, list: shares(i, strongest.size > 6 ? 3 : 7) }));
       const rest = there.filter((i) => !strongest.has(i));
       if (rest.length) {
         const folded = rest.flatMap((i) => shares(i, 99)), side = (sign, text) => ({ name: text, more: "",
@@ -431,7 +448,7 @@
     });
     flow.addEventListener("mouseleave", () => { light(null); frame.hush(); });
 
-    const choose = (token) => { state.token = token; paint(); strip.outline(); river(); };
+    const choose = (token) => { state.token = token; paint(); reveal(); strip.outline(); river(); };
     words.addEventListener("click", (event) => {
       const span = event.target.closest(".word");
       if (span) { choose(Number(span.dataset.i)); span.focus({ preventScroll: true }); }
@@ -440,7 +457,7 @@
       const span = event.target.closest(".word");
       if (!span) return;
       const place = span.getClientRects()[0], i = Number(span.dataset.i);
-      frame.say(signed(byToken[i]), `entered experts at position ${i}`, place.left + place.width / 2, place.top);
+      frame.say(signed(byToken[i]), `entered experts at position ${rows[state.row].positions[i]}`, place.left + place.width / 2, place.top);
     });
     words.addEventListener("mouseout", () => frame.hush());
     words.addEventListener("keydown", (event) => {
@@ -454,16 +471,20 @@
 
     // What is shown
 
-    /** Pixels of a cell: so wide that both maps stand side by side, where that is wide enough; else one of them. */
-    const cellWidth = () => {
-      const own = sideWidth + 72 + (shared ? 34 : 14), half = Math.floor(((room() - 36) / 2 - own) / most);
-      return Math.max(3, Math.min(26, half >= 9 ? half : Math.floor((room() - own) / most)));
+    /** Pixels of a cell: as wide as the page allows; so wide that two maps stand side by side, where that will do. */
+    const cellWidth = (names, beside) => {
+      const side = Math.max(40, Math.min(150, 7.5 * Math.max(...names.map((name) => name.length))) + 10);
+      const own = side + 72 + (shared ? 36 : 14), half = Math.floor(((room() - 36) / 2 - own) / most);
+      return Math.max(3, Math.min(26, beside && half >= 9 ? half : Math.floor((room() - own) / most)));
     };
     const refresh = () => {
       prepare();
-      const side = cellWidth();
-      for (const one of [relevant, routed, strip]) one.draw(side);
+      const side = cellWidth(layers.map((layer) => layer.name), true);
+      for (const one of [relevant, routed]) one.draw(side);
+      const tokens = Array.from({ length: found[state.layer].tokens }, (_, token) => label(token, state.layer));
+      strip.draw(Math.min(side, cellWidth(tokens, false)));
       paint();
+      reveal();
       river();
       legend(find(".relevance"), scaleOf(found.flatMap(columnsOf)));
       find(".frequency .high").textContent = percent(full.load);
@@ -471,10 +492,8 @@
     const look = () => {
       count();
       write();
-      const sizes = found.map((one) => Math.abs(one.entering));
-      state.layer = sizes.indexOf(Math.max(...sizes));
-      const words = byToken.map(Math.abs);
-      state.token = Math.max(0, words.indexOf(Math.max(...words)));
+      state.layer = largest(found.map((one) => one.entering));
+      state.token = largest(byToken);
       refresh();
     };
     const [rowPick, seedPick] = [find("select[name=row]"), find("select[name=seed]")];
