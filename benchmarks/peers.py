@@ -20,7 +20,8 @@ PAGE, RESULTS = ROOT / "docs" / "peers.md", ROOT / "benchmarks" / "results" / "p
 BEGIN, END = "<!-- peers: begin (python benchmarks/peers.py --table) -->", "<!-- peers: end -->"
 PACKAGES = ("lxt", "zennit", "captum", "torch", "transformers", "numpy")
 MODELS = {
-    "llama": "LLaMA, 4 layers x 64", "qwen3": "Qwen3, 4 layers x 64", "gpt2": "GPT-2, 4 layers x 64",
+    "llama": "LLaMA, 4 layers x 64", "qwen3": "Qwen3, 4 layers x 64",
+    "qwen3_moe": "Qwen3-MoE, 4 layers x 64, 2 of 6 experts", "gpt2": "GPT-2, 4 layers x 64",
     "smollm2": "SmolLM2-135M-Instruct, trained", "transformer layer": "one transformer layer",
     "vgg_small": "VGG, 6 convolutions", "vgg_small_avg": "the same VGG with average pooling",
     "resnet18_small": "ResNet-18, width 8", "lenet": "LeNet", "lenet_avg": "LeNet with average pooling",

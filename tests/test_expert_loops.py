@@ -58,6 +58,7 @@ BODIES: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
     "turned": lambda m, x, e: torch.matmul(x, m.up[e].t()),
     "turned_twice": lambda m, x, e: x @ m.up[e].T.transpose(0, 1).mT,
     "gated": gated,
+    "viewed": lambda m, x, e: F.linear(x, m.up.view(3, -1, 6)[e]),
     "unbound": lambda m, x, e: x @ m.up.unbind(0)[e].T,
     "a_list_of_modules": lambda m, x, e: m.list[e](x),
     "other_order": lambda m, x, e: m.list[2 - e](x),
@@ -81,12 +82,14 @@ def test_weights_of_a_stack_are_not_copied() -> None:
     imported = import_model(Loop(gated), (torch.randn(7, 6),), {})
     maps = [op for op in imported.graph.forward.ops if op.name == "grouped_linear"]
     assert [getattr(op.operands[2], "name", "") for op in maps] == ["up", "down"]
+    assert "cat" not in names_of_ops(import_model(Loop(BODIES["viewed"]), (torch.randn(7, 6),), {}))
 
 
 @pytest.mark.parametrize("pieces", [
     lambda self, rows, counts: rows.split([counts[e].item() for e in range(3)], 0),
     lambda self, rows, counts: torch.split(rows, split_size_or_sections=counts.tolist(), dim=0),
-], ids=["item", "named"])
+    lambda self, rows, counts: torch.split(rows, list(counts.cpu().numpy())),
+], ids=["item", "named", "numpy"])
 def test_ways_to_split(pieces: Callable[..., Any]) -> None:
     model = type("Other", (Loop,), {"pieces": pieces})(gated)
     assert_same(import_model(model, (torch.randn(7, 6),), {}), model, (torch.randn(9, 6),))

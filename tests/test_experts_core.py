@@ -61,7 +61,7 @@ def mixtures(explainer: Explainer) -> tuple[Mixture, ...]:
 
 # --- sums ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", [rules for rules in RULES if rules not in ("epsilon", "gamma")])
 @pytest.mark.parametrize("name", ["moe_qwen2", "moe_deepseek_v3", "moe_gpt_oss", "moe_jetmoe"])
 def test_columns_add_up_to_what_enters_the_experts(name: str, rules: str) -> None:
     """Token by token: routed experts to the relevance of their weighted sum, and with the shared expert to that of the
@@ -90,15 +90,19 @@ def test_experts_of_all_positions_are_known(backend: str) -> None:
     built = compiled("moe_mixtral")
     explainer = explainer_of("moe_mixtral", "cp-lrp", backend)
     assert explainer.manifest.positions
-    found = experts_of(explainer(**built.case.kwargs, target=Target.token(1, position=3)))
+    found = experts_of(explainer(**built.case.kwargs, target=1))
     with chosen(built.case.model) as routed:
         built.case.model(**built.case.kwargs)
     for layer, (ids, weights) in zip(found.layers, routed, strict=True):
         np.testing.assert_array_equal(layer.ids, ids)
         np.testing.assert_allclose(layer.weights, weights, rtol=1e-5)
     first, last = found.layers
-    assert np.abs(last.relevance[:, 3]).min() > 0 and not np.delete(last.relevance, 3, axis=1).any()
-    assert np.abs(first.relevance[:, :4]).min() > 0 and not first.relevance[:, 4:].any()
+    assert np.abs(last.relevance[:, -1]).min() > 0 and not last.relevance[:, :-1].any()
+    assert np.abs(first.relevance).min() > 0
+    early = experts_of(explainer(**built.case.kwargs, target=Target.token(1, position=2)))
+    for layer, other in zip(early.layers, found.layers, strict=True):  # what comes behind need not be computed
+        np.testing.assert_array_equal(layer.ids[:, :3], other.ids[:, :3])
+        assert ((layer.ids == other.ids) | (layer.ids == -1)).all() and not layer.relevance[:, 3:].any()
 
 
 @contextmanager
@@ -126,7 +130,7 @@ def chosen(model: nn.Module) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
 def test_experts_without_tokens_get_exactly_nothing(rules: str, backend: str) -> None:
     """Their weights are not read: senseless ones change neither output nor relevance, bit by bit."""
     built = captured(zoo.CASES["moe_qwen3"]())
-    explainer, ids = built.explainer(rules, backend), built.case.kwargs["input_ids"][:1, :1]  # one token, to two of four
+    explainer, ids = built.explainer(rules, backend), built.case.kwargs["input_ids"][:1, :1]  # to two of four
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = explainer(**inputs)
     spoilt = 0
@@ -150,7 +154,7 @@ def test_experts_without_tokens_get_exactly_nothing(rules: str, backend: str) ->
 def test_masked_tokens_route_nowhere(name: str, rules: str, side: str) -> None:
     inputs = zoo.padded((7, 4), side)
     hidden = inputs["attention_mask"].numpy() == 0
-    found = experts_of(explainer_of(name, rules)(**inputs, target=Target.token(1, position=3)))
+    found = experts_of(explainer_of(name, rules)(**inputs, target=1))
     for layer in found.layers:
         assert (layer.ids[hidden] == -1).all() and (layer.ids[~hidden] >= 0).all()
         assert not layer.weights[hidden].any() and not layer.relevance[hidden].any()
@@ -227,7 +231,7 @@ def test_several_targets_are_as_many_single_ones(rules: str) -> None:
 
 def test_parts_of_a_batch_are_joined() -> None:
     """A batch explained in parts, for want of memory, has the experts of the whole."""
-    explainer = explainer_of("moe_qwen2", "attnlrp")
+    explainer = explainer_of("moe_qwen2", "dlb")
     inputs = zoo.padded((9, 4, 7, 6))
     whole, least = explainer(**inputs, target=1), explainer.memory(**{k: v[:1] for k, v in inputs.items()})
     parts = explainer(**inputs, target=1, memory_budget=int(1.5 * least.peak.total))
@@ -236,11 +240,11 @@ def test_parts_of_a_batch_are_joined() -> None:
 
 
 def test_a_saved_explainer_finds_the_same_experts(tmp_path: Path) -> None:
-    explainer, kwargs = explainer_of("moe_qwen2", "attnlrp"), compiled("moe_qwen2").case.kwargs
+    explainer, kwargs = explainer_of("moe_qwen2", "dlb"), compiled("moe_qwen2").case.kwargs
     explainer.save(tmp_path / "mixture.dlbc", weights=True)
     loaded = dlbc.load(tmp_path / "mixture.dlbc")
     assert loaded.experts == explainer.experts
-    assert_same(experts_of(loaded(**kwargs, target=1)), experts_of(explainer(**kwargs, target=1)), 1e-6)
+    assert_same(experts_of(loaded(**kwargs, target=1)), experts_of(explainer(**kwargs, target=1)))
 
 
 def test_equal_scores_are_chosen_between_as_the_model_does() -> None:

@@ -435,7 +435,7 @@ def _imported(capture: _Capture, program: ExportedProgram, sizes: Sizes, static:
     tensors_by_name, operands = _weights(model, program, sizes)
     constants = {spec.arg.name: spec.arg.value for spec in program.graph_signature.input_specs
                  if spec.kind is InputKind.USER_INPUT and hasattr(spec.arg, "value")}
-    known: dict[str, Operand] = {**operands, **params, **constants}
+    known: dict[str, Operand] = {**operands, **params, **constants, **_numbers(translation, program, operands)}
     translation.known |= {node: known[node.name] for node in program.graph.nodes if node.op == "placeholder"}
     outputs = translation.run(program.graph_module)
     results, tree = _results(translation, outputs[-len(program.graph_signature.user_outputs):]
@@ -475,6 +475,20 @@ def _weights(model: nn.Module, program: ExportedProgram, sizes: Sizes) -> tuple[
         found[name] = tensor
         operands[spec.arg.name] = weight_operand(name, tensor, sizes)
     return found, operands
+
+
+def _numbers(translation: Translation, program: ExportedProgram, weights: Mapping[str, Weight]) -> dict[str, Operand]:
+    """`torch.tensor(0.0)` in a forward pass, which torch 2.11 keeps as a constant: a tensor filled with it, by
+    placeholder."""
+    found: dict[str, Operand] = {}
+    for spec in program.graph_signature.input_specs:
+        target = spec.target or ""
+        if spec.kind is InputKind.CONSTANT_TENSOR and "lifted_tensor" in target and not program.constants[target].dim():
+            kind = weights[spec.arg.name].type
+            found[spec.arg.name] = translation.at.full(shape=(), value=program.constants[target].item(),
+                                                       dtype=kind.dtype)
+            translation.calls.append(("", ""))
+    return found
 
 
 def _results(translation: Translation, outputs: tuple[Operand, ...],

@@ -248,7 +248,7 @@ def require(backend: str, weights: Mapping[str, Any], memory_budget: int | None)
     devices = {str(weight.device) for weight in weights.values() if _is_tensor(weight)}
     if backend == "numpy" or not devices or not all(name.startswith("cuda") for name in devices):
         raise InputError(f"CUDA graphs need a model on an NVIDIA GPU; this one is on {', '.join(devices) or 'the CPU'}",
-                         where="cuda_graphs", hint="move the model there and compile it again, or leave cuda_graphs out")
+                         where="cuda_graphs", hint="move the model there and compile it again, or leave it out")
     if memory_budget is not None:
         raise InputError("CUDA graphs keep their memory between calls, and a memory budget bounds it",
                          where="cuda_graphs", hint="give either cuda_graphs or memory_budget")

@@ -131,6 +131,21 @@ class ExpertLayer:
         nowhere = self.ids < 0
         return np.where(nowhere, np.float32(0), array) if nowhere.any() else array
 
+    @property
+    def expert_ids(self) -> Array:
+        """`ids`, by the name that says of what."""
+        return self.ids
+
+    @property
+    def router_weights(self) -> Array:
+        """`weights`, by the name that says of what."""
+        return self.weights
+
+    @property
+    def expert_relevance(self) -> Array:
+        """`relevance`, by the name that says of what."""
+        return self.relevance
+
     @cached_property
     def _hidden(self) -> Array | None:
         """Which tokens the mask hides, bool [*rows]; None where it hides none."""

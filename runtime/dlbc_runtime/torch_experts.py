@@ -34,6 +34,8 @@ def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None,
         return found
     rows = x.reshape(-1, *x.shape[-2:])
     y = x.new_empty((*rows.shape[:2], weight.shape[1 + transposed]))
+    if x.is_meta:
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:

@@ -112,6 +112,9 @@ def autograd(model: torch.nn.Module, x: torch.Tensor, seed: torch.Tensor) -> tor
 LXT = [Comparison("lxt", family, rules, theirs, None, partial(_lxt, family, rules))
        for family in ("llama", "qwen3", "gpt2", "smollm2")
        for rules, theirs in (("attnlrp", "lxt.efficient, attnLRP"), ("cp-lrp", "lxt.efficient, cp_LRP"))]
+LXT += [Comparison("lxt", "qwen3_moe", rules, f"lxt's functions, put together for the mixture ({theirs})", None,
+                   partial(_lxt, "qwen3_moe", rules))
+        for rules, theirs in (("attnlrp", "attnLRP"), ("cp-lrp", "cp_LRP"))]
 LXT += [Comparison("lxt", "transformer layer", "attnlrp", "lxt.explicit", eps, partial(_lxt_explicit, eps))
         for eps in (1e-6, 1e-9)]
 CAPTUM = [Comparison("captum", model, "epsilon", "LRP, EpsilonRule everywhere", eps,

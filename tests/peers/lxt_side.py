@@ -15,7 +15,7 @@ from copy import deepcopy
 import numpy as np
 import torch
 
-from tests.peers import models
+from tests.peers import lxt_moe, models
 from tests.peers.stubs import torchvision_names
 
 PATCHES = {"attnlrp": "attnLRP", "cp-lrp": "cp_LRP"}
@@ -28,11 +28,12 @@ def patch(family: str, rules: str) -> None:
     with torchvision_names():
         from lxt.efficient import monkey_patch
 
-        maps = importlib.import_module(f"lxt.efficient.models.{family}")
+        own = lxt_moe.patch_map(rules) if family == "qwen3_moe" else getattr(
+            importlib.import_module(f"lxt.efficient.models.{family}"), PATCHES[rules])
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkey_patch(module, getattr(maps, PATCHES[rules]))
+        monkey_patch(module, own)
 
 
 def relevance(model: torch.nn.Module, x: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:

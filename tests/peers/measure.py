@@ -118,4 +118,5 @@ def exact(explainer: Explainer, explanation: Explanation, seeds: Array, node: st
         given |= dict(zip(wanted, at_reference[-len(wanted):], strict=True))
     ran = interpret(graph, inputs, weights, given)
     places = (*explainer.manifest.explained, *explainer.manifest.nodes)
-    return np.asarray(dict(zip(places, ran.relevance, strict=True))[node or explainer.manifest.explained[0]])
+    found = dict(zip(places, ran.relevance[:len(places)], strict=True))  # after these: relevance of experts
+    return np.asarray(found[node or explainer.manifest.explained[0]])

@@ -36,6 +36,10 @@ def decoder(family: str) -> Built:
                 vocab_size=96, n_embd=64, n_layer=4, n_head=8, n_positions=64, use_cache=False))
         elif family == "qwen3":
             model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, head_dim=16))
+        elif family == "qwen3_moe":
+            model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+                **_DECODER, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=56,
+                norm_topk_prob=True))
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
         zoo.randomise(model)
