@@ -56,7 +56,8 @@ def test_one_number_for_each_target_and_row() -> None:
     found = explainer()(**inputs, sinks="apart", target=[0, 1, dlbc.Target.difference(0, 1)])
     assert found.sinks["input_ids"].shape == (3, 2)
     alone = explainer()(**inputs, sinks="apart", target=1)
-    np.testing.assert_allclose(found.sinks["input_ids"][1], alone.sinks["input_ids"], rtol=1e-5)
+    scale = float(np.abs(alone.sinks["input_ids"]).max())  # one row's is near 0, where rounding is most of it
+    np.testing.assert_allclose(found.sinks["input_ids"][1], alone.sinks["input_ids"], rtol=1e-5, atol=1e-6 * scale)
     assert found.sink_of("input_ids", 1, 2) == (0, pytest.approx(float(found.sinks["input_ids"][2, 1])))
 
 

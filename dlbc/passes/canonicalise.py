@@ -113,6 +113,9 @@ def _reshape(op: Op, flow: Dataflow, at: Builder) -> Operand:
     inner = flow.op(op.operands[0], "reshape")
     if inner is not None:
         return _viewed(at, inner.operands[0], op.result.type.shape)
+    filled = flow.op(op.operands[0], "full")
+    if filled is not None:
+        return build(at, "full", attrs={**filled.attrs, "shape": op.result.type.shape})
     return _unfolded_linear(op, flow, at) or _split_first(op, flow, at) or _dropped_first(op, flow, at)
 
 

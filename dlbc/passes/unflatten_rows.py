@@ -79,10 +79,10 @@ class _Lifting:
     def run(self) -> tuple[Value, ...] | None:
         """The results of the op on unflattened rows; None where the op stays."""
         op, change = self.op, BY_ROW.get(self.op.name, _same if OPS[self.op.name].elementwise else None)
-        found = {f for operand in op.operands if (f := self._factors(operand)) is not None}
-        if change is None or len(found) != 1:
+        found = [f for operand in op.operands if (f := self._factors(operand)) is not None]
+        if change is None or not found:
             return None
-        factors = found.pop()
+        factors = min(found, key=len)
         attrs = change(op, len(factors) - 1)
         if attrs is None or any(r.type.shape[:1] != (product(factors),) for r in op.results) or (
                 op.name in GATHERS and not self.flow.constant(op.operands[0])):
@@ -106,6 +106,8 @@ class _Lifting:
             return None
         assert isinstance(source, Value | Weight)
         shape = source.type.shape
+        if shape[:1] == operand.type.shape[:1]:
+            return None  # they are rows already
         return next((shape[:i] for i in range(2, len(shape) + 1) if product(shape[:i]) == operand.type.shape[0]), None)
 
     def _lifted(self, operand: Operand, factors: tuple[Dim, ...]) -> Operand:
