@@ -147,24 +147,33 @@ class _Grouping:
         self.sorted_of[x.name, order.ids.name] = found
         return found
 
-    def _lead(self, x: Value, order: _Order) -> int:
-        return x.type.rank - order.ids.type.rank - 1
-
     def _fetched(self, x: Value, order: _Order) -> Value:
         """The rows themselves, fetched in order."""
         lead, shape = self._lead(x, order), x.type.shape
-        one = shape[-2] == 1 and order.ids.type.shape[-1] != 1
+        assert lead is not None
+        one = x.type.rank == lead + order.ids.type.rank + 1 and shape[-2] == 1 and order.ids.type.shape[-1] != 1
         rows = product(order.ids.type.shape[:-1]) if one else order.count
         flat = self.at.reshape(x, shape=(*shape[:lead], rows, shape[-1]))
         return self.at.index(flat, order.rows if one else order.order, dims=(lead,))
 
+    def _lead(self, x: Value | Weight, order: _Order) -> int | None:
+        """How many axes stand before the rows of a value [*lead, *rows, K, D] or [*lead, *rows, 1, D]; where one expert
+        is chosen for each row, also of [*lead, *rows, D]. None for other values."""
+        shape, (*rows, k) = x.type.shape, order.ids.type.shape
+        lead = len(shape) - len(rows) - 2
+        if lead >= 0 and shape[lead:-2] == tuple(rows) and shape[-2] in (1, k):
+            return lead
+        return lead + 1 if lead >= -1 and k == 1 and shape[lead + 1:-1] == tuple(rows) else None
+
     def _follows(self, x: Operand, order: _Order, depth: int = 12) -> bool:
         """Whether a value is made of sorted rows, row by row."""
-        if not isinstance(x, Value) or not self._has_rows(x, order):
+        if not isinstance(x, Value) or self._lead(x, order) is None:
             return False
         if (x.name, order.ids.name) in self.sorted_of:
             return True
         op = self.definitions.get(x.name)
+        if op is not None and op.name == "reshape" and op.result.type.shape[-1:] == _last(op.operands[0]):
+            return self._follows(op.operands[0], order, depth - 1)  # the axis of the one choice comes or goes
         return bool(depth and op is not None and self._by_row(op, x)
                     and any(self._follows(o, order, depth - 1) for o in op.operands))
 
@@ -178,20 +187,17 @@ class _Grouping:
         dim = attr(op, "dim")
         return isinstance(dim, int) and axis(x.type.rank, dim) == x.type.rank - 1
 
-    def _has_rows(self, x: Value | Weight, order: _Order) -> bool:
-        """[*lead, *rows, K, D] or [*lead, *rows, 1, D]."""
-        shape, ids = x.type.shape, order.ids.type.shape
-        lead = len(shape) - len(ids) - 1
-        return lead >= 0 and shape[lead:-2] == ids[:-1] and shape[-2] in (1, ids[-1])
-
     def _again(self, x: Value, order: _Order) -> Value | None:
         """The op that makes a value, on sorted rows; None where one of its operands has rows that do not tell."""
         op = self.definitions[x.name]
+        if op.name == "reshape":
+            source = op.operands[0]
+            return self._sorted(source, order) if isinstance(source, Value) else None
         operands: list[Operand] = []
         for operand in op.operands:
             if not isinstance(operand, Value | Weight) or operand.type.rank <= 1:
                 operands.append(operand)
-            elif isinstance(operand, Value) and self._has_rows(operand, order):
+            elif isinstance(operand, Value) and self._lead(operand, order) is not None:
                 operands.append(self._sorted(operand, order))
             else:
                 return None
@@ -203,3 +209,8 @@ class _Grouping:
         found = self.at.op(op.name, *operands, result=f"{x.name}.sorted", **attrs)[0]  # type: ignore[arg-type]
         self.at.place, self.at.of = place, of
         return found if found.type.shape[-2:] == (order.count, x.type.shape[-1]) else None
+
+
+def _last(operand: Operand) -> tuple[Dim, ...]:
+    """The size of the last axis."""
+    return operand.type.shape[-1:] if isinstance(operand, Value | Weight) else ()
