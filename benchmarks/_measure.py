@@ -62,9 +62,13 @@ def input_gradient(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """Peak resident memory, MiB, that `script --measure-memory arguments` adds, run in a fresh process."""
+    """Peak resident memory, MiB, that `script --measure-memory arguments` adds, run in a fresh process.
+
+    Arrays that are freed go back to the system at once. By default glibc keeps some of them, by how they happen to lie:
+    peaks of the same run then differ by a third, and say more of the allocator than of what runs.
+    """
     out = subprocess.run([sys.executable, script, "--measure-memory", *arguments], check=True, capture_output=True,
-                         text=True).stdout
+                         text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}).stdout
     return float(out.strip().splitlines()[-1])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,18 +37,34 @@ def cases(name: str, presets: list[str]) -> dict[str, Run]:
     return {BASELINE: case.baseline} | {rules: case.explanation(rules) for rules in presets}
 
 
+def _memory(name: str, case: str) -> dict[str, float]:
+    """What a case adds at its peak, and over what the baseline adds."""
+    own = _peak(name, case)
+    return {"memory MiB": own, "memory ratio": own / max(_peak(name, BASELINE), 1.0)}
+
+
+@cache
+def _peak(name: str, case: str) -> float:
+    return peak_memory(__file__, name, case)
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--only", default="", help="models whose name holds this; rows of others are kept as they were")
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, keep the times")
     parser.add_argument("--measure-memory", nargs=2, metavar=("MODEL", "CASE"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure_memory:
         name, case = options.measure_memory
         print(added_memory(cases(name, [] if case == BASELINE else [case])[case]))
+        return
+    if options.memory:
+        report("cost", [{**row, **memory} for row in kept("cost")["rows"]
+                        for memory in [_memory(row["model"], row["case"]) if options.only in row["model"] else {}]])
         return
     rows: list[dict[str, object]] = []
     for name, targets in TARGETS.items():
@@ -56,10 +73,8 @@ def main() -> None:
             continue
         runs = options.runs if name != "MLP 30-64-2, 1 row" else 40 * options.runs
         timed = ratios(interleaved(cases(name, list(targets)), runs=runs), BASELINE)
-        memory = {case: peak_memory(__file__, name, case) for case in timed}
         for case, found in timed.items():
-            rows.append({"model": name, "case": case, **found, "target": targets.get(case, 1.0),
-                         "memory MiB": memory[case], "memory ratio": memory[case] / max(memory[BASELINE], 1.0)})
+            rows.append({"model": name, "case": case, **found, "target": targets.get(case, 1.0), **_memory(name, case)})
     report("cost", rows)
 
 
