@@ -31,7 +31,7 @@ def table(measured: Mapping[str, object] | None) -> str:
         "gradient with respect to the input of the same model. Both run in turn in one process; the table shows the",
         "median of the ratios, and in brackets the smallest and largest. For the language model the baseline computes",
         "the head at the last position only. `torch` backend, float32, random weights. Memory is what arrays take:",
-        "what is freed goes back to the system at once, where the allocator keeps some of it ([why](docs/speed.md#memory)).",
+        "what is freed goes back to the system at once, where the allocator keeps some ([why](docs/speed.md#memory)).",
         "", "| model | rules | time ÷ (forward + gradient) | we want at most | added memory ÷ the same |",
         "|---|---|---|---|---|",
         *(_row(row) for row in rows if row["case"] != BASELINE),
