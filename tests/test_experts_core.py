@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dlbc
+from dlbc.composite import Composite
 from dlbc.ir.parser import parse_graph
 from dlbc.passes.record_experts import Mixture, mixtures_of
 from dlbc_runtime.experts import Experts
@@ -30,6 +31,7 @@ from tests.test_models import PRESETS, captured, compiled
 pytestmark = pytest.mark.skipif(not zoo.available("moe_qwen3"), reason="needs transformers")
 RULES = (*PRESETS, "dlb-contrastive", "gamma")
 ARRAYS = ("ids", "weights", "relevance", "shared")
+BY_WEIGHTS = {rule: Composite([("expert_linear", rule)], base="attnlrp") for rule in ("w_square", "flat")}
 
 
 @functools.lru_cache(maxsize=4)
@@ -126,11 +128,12 @@ def chosen(model: nn.Module) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
 # --- nothing --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
-@pytest.mark.parametrize("rules", ["attnlrp", "dlb", "dlb-contrastive", "gamma"])
+@pytest.mark.parametrize("rules", ["attnlrp", "dlb", "dlb-contrastive", "gamma", "w_square", "flat"])
 def test_experts_without_tokens_get_exactly_nothing(rules: str, backend: str) -> None:
     """Their weights are not read: senseless ones change neither output nor relevance, bit by bit."""
     built = compiled("moe_qwen3")
-    explainer, ids = built.explainer(rules, backend), built.case.kwargs["input_ids"][:1, :1]  # to two of four
+    explainer = built.explainer(BY_WEIGHTS.get(rules, rules), backend)
+    ids = built.case.kwargs["input_ids"][:1, :1]  # to two of four
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = explainer(**inputs)
     saved = {name: weight.clone() for name, weight in built.case.model.state_dict().items()}
@@ -251,14 +254,15 @@ def test_a_saved_explainer_finds_the_same_experts(tmp_path: Path) -> None:
     assert_same(experts_of(loaded(**kwargs, target=1)), experts_of(explainer(**kwargs, target=1)))
 
 
-def test_equal_scores_are_chosen_between_as_the_model_does() -> None:
-    """Routers whose experts all have the same score: torch's order of equal ones decides, in both."""
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_equal_scores_are_chosen_between_as_the_model_does(backend: str) -> None:
+    """Routers whose experts all have the same score: torch's order of equal ones decides, in all."""
     case = zoo.CASES["moe_mixtral"]()
     with torch.no_grad():
         for name, weight in case.model.named_parameters():
             if name.endswith("gate.weight"):
                 weight[:] = weight[:1]
-    found = captured(case).explainer("cp-lrp", all_positions=True)(**case.kwargs, target=1)
+    found = captured(case).explainer("cp-lrp", backend, all_positions=True)(**case.kwargs, target=1)
     with chosen(case.model) as routed, torch.no_grad():
         logits = case.model(**case.kwargs).logits
     for layer, (ids, _) in zip(experts_of(found).layers, routed, strict=True):

@@ -20,6 +20,7 @@ from dlbc.backends.triton.emit import emit
 from dlbc.ir.core import Graph, Type
 from dlbc.ir.dims import evaluate
 from dlbc.ir.interpreter import interpret
+from dlbc.ir.parser import parse_graph
 from dlbc_runtime import triton_launch
 from dlbc_runtime.module import load_module
 from tests import zoo
@@ -129,10 +130,26 @@ def test_element_types(dtype: str, transposed: bool) -> None:
     compare(fused(layer(3, 20, 9, dtype, transposed=transposed)), [5, 0, 19], tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("part", ["abs", "positive", "negative"])
+@pytest.mark.parametrize("part", ["abs", "positive", "negative", "square"])
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_part_of_weights(part: str, dtype: str) -> None:
     compare(fused(layer(3, 20, 9, dtype, part=part)), [5, 0, 19], tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_squares_keep_the_digits_of_weights_of_16_bits(dtype: str) -> None:
+    """They have twice as many; nothing is rounded to the weights' element type."""
+    compare(fused(parse_graph(f"""
+        graph @squares(N: 1..64, S: 1..8)
+        weights {{ @w : {dtype}[3,20,9] }}
+        forward(%x : f32[N,9], %ends : i64[3]) {{
+          %y = grouped_linear(%x, %ends, @w) {{part="square"}} : f32[N,20]
+          return %y save %ends
+        }}
+        relevance(%R.y : f32[S,N,20]) {{
+          %R.x = grouped_linear(%R.y, %ends, @w) {{part="square", transposed=true}} : f32[S,N,9]
+          return %R.x
+        }}""")), [5, 0, 19])
 
 
 @pytest.mark.parametrize("counts", [[7], [4] * 8, [0] * 70 + [3, 0, 1] + [0] * 57, [0, 2]], ids=len)

@@ -723,11 +723,12 @@ def grouped_linear(x: Type, ends: Type, weight: Type, bias: Type | None = None, 
     """`linear` with the weight of each row's expert, rows sorted: rows ends[e - 1] to ends[e] by weight[e] and bias[e].
 
     x [..., N, in], ends [E] as of `expert_order`; weight [E, out, in] ([E, in, out] where `transposed`), bias [E, out].
-    `part`: of the weights only "positive" (`max(w, 0)`) or "negative" (`max(-w, 0)`) parts, or their sizes ("abs").
+    `part`: of the weights only "positive" (`max(w, 0)`) or "negative" (`max(-w, 0)`) parts, their sizes ("abs") or
+    squares ("square").
     Only weights of experts that have rows are read.
     """
     _experts(weight, bias, transposed)
-    require(part in ("", "abs", "positive", "negative"), f"no part `{part}` of weights")
+    require(part in ("", "abs", "positive", "negative", "square"), f"no part `{part}` of weights")
     require(ends.shape == weight.shape[:1], f"ends {ends} for {weight.shape[0]} experts")
     inner, outer = weight.shape[2 - transposed], weight.shape[1 + transposed]
     require(x.rank >= 2 and x.shape[-1] == inner, f"the last axis of x is {x.shape[-1]}, the experts take {inner}")

@@ -39,7 +39,8 @@ def expert_order(ids: Array, *, experts: int) -> tuple[Array, Array, Array]:
 
 
 PARTS: dict[str, Callable[[Array], Array]] = {
-    "": lambda w: w, "abs": np.abs, "positive": lambda w: np.maximum(w, 0), "negative": lambda w: np.maximum(-w, 0)}
+    "": lambda w: w, "abs": np.abs, "positive": lambda w: np.maximum(w, 0), "negative": lambda w: np.maximum(-w, 0),
+    "square": np.square}
 
 
 def grouped_linear(x: Array, ends: Array, weight: Array, bias: Array | None = None, *, transposed: bool, part: str

@@ -29,8 +29,8 @@ _ALONG_FEATURES = ("slice", "slice_adjoint", "cat")
 class GroupExperts(Pass):
     """`expert_linear` becomes `grouped_linear` on sorted rows; what stands between two of them is computed sorted.
 
-    `whole_weights`: sizes and parts of weights stay ops on all weights (which may be computed once and kept). Else they
-    are taken of the weights of experts that have rows, within the product.
+    `whole_weights`: sizes, parts and squares of weights stay ops on all weights (which may be computed once and kept).
+    Else they are taken of the weights of experts that have rows, within the product.
     """
 
     name: ClassVar[str] = "group_experts"
@@ -117,6 +117,8 @@ class _Grouping:
                 break
             if op.name in PARTS and not part:
                 part = PARTS[op.name]
+            elif op.name == "mul" and op.operands[1] is source and not part:
+                part = "square"
             elif op.name == "neg" and part == "positive":
                 part = "negative"
             elif op.name == "cast" and source.type.floating:

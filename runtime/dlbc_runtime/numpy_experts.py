@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 
 from dlbc_runtime.arrays import Array
 
 _PARTS: dict[str, Callable[[Array], Array]] = {
-    "": lambda w: w, "abs": np.abs, "positive": lambda w: np.maximum(w, 0), "negative": lambda w: np.maximum(-w, 0)}
+    "": lambda w: w, "abs": np.abs, "positive": lambda w: np.maximum(w, 0), "negative": lambda w: np.maximum(-w, 0),
+    "square": np.square}
 
 
 def route_topk(scores: Array, choice: Array | None, k: int) -> tuple[Array, Array]:
-    """The k largest of choice (scores), of equal ones the first; their scores and places."""
-    ids = np.argsort(-(scores if choice is None else choice), axis=-1, kind="stable")[..., :k]
+    """The k largest of choice (scores), as torch.topk orders equal ones; their scores and places.
+
+    Which of equal ones torch takes is not documented, and it is what the model does: torch is asked for the rows that
+    have such, where it is installed. Where it is not, the first are taken.
+    """
+    by = scores if choice is None else choice
+    order = np.argsort(-by, axis=-1, kind="stable")
+    ids, leading = order[..., :k], np.take_along_axis(by, order[..., :k + 1], -1)
+    tied = (leading[..., 1:] == leading[..., :-1]).any(-1)
+    if tied.any() and find_spec("torch") is not None:
+        import torch
+
+        ids[tied] = torch.topk(torch.from_numpy(by[tied]), k, -1).indices.numpy()
     return np.take_along_axis(scores, ids, -1), ids
 
 

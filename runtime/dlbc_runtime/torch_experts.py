@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda w: w, "abs": torch.abs, "positive": torch.relu, "negative": lambda w: torch.relu(-w)}
+    "": lambda w: w, "abs": torch.abs, "positive": torch.relu, "negative": lambda w: torch.relu(-w),
+    "square": torch.square}
 
 
 def route_topk(scores: Tensor, choice: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

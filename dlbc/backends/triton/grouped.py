@@ -18,7 +18,8 @@ from dlbc.ir.ops import attr
 
 EXPERT = At("expert")
 PARTS = {"": "", "abs": "tl.abs({0})", "positive": "tl.where({0} < 0, 0.0, {0})",
-         "negative": "tl.where({0} > 0, 0.0, -{0})"}
+         "negative": "tl.where({0} > 0, 0.0, -{0})",
+         "square": "{0} * {0}"}
 """What a product takes of its weights."""
 
 
@@ -65,9 +66,14 @@ class GroupedWriter(GemmWriter):
         return (EXPERT, down, across) if attr(op, "transposed") else (EXPERT, across, down)
 
     def part(self, op: Op, at: At) -> At:
-        """The weights' sizes or parts, made where they are read."""
+        """The weights' sizes, parts or squares, made where they are read."""
         written = PARTS[str(attr(op, "part"))]
         return self.let(At(written.format(at.text), at.axes)) if written else at
+
+    def dtypes(self, op: Op) -> tuple[str, str]:
+        """As for plain products; squares have twice the digits of the weights."""
+        left, right = super().dtypes(op)
+        return left, "f32" if attr(op, "part") == "square" else right
 
     def bias(self, op: Op) -> tuple[Operand, Index]:
         """The bias (or None), and where that of the expert is."""

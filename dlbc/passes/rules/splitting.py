@@ -185,7 +185,8 @@ def gamma(at: Expansion, op: Op, m: Value, *, gamma: float = 0.25, eps: float = 
     """
     linear = linear_map(at, op)
     y = at.read(op.result)
-    if m.name in at.facts.rectified and linear.nonnegative and linear.positive is not None and linear.weights:
+    plain = linear.positive is not None and linear.weights and op.name not in EXPERTS
+    if m.name in at.facts.rectified and linear.nonnegative and plain:
         return _gamma_rectified(at, linear, m, y, gamma, eps)
     held = y  # R = M held: where M = R / e(y), that is e(y), since here R is shared out by z, not by y
     if m.name in at.facts.stabilised:
@@ -267,6 +268,11 @@ def flat(at: Expansion, op: Op, r: Value) -> Contributions:
 
     Lapuschkin et al. 2019. Padding gets nothing. Maps without weights keep theirs.
     """
+    if op.name in EXPERTS:  # every output reads all inputs of its row: no weights of experts are asked
+        linear = linear_map(at, op)
+        share = at.div(at.sum(r, dims=(-1,), keepdim=True), linear.type.shape[-1])
+        return only(op, linear.position, at.widen(at.unbroadcast(share, linear.type), linear.type))
+
     def ones(w: Operand) -> Value:
         found: Value = at.full(shape=w.type.shape, value=1.0, dtype="f32")  # type: ignore[union-attr]
         return found
