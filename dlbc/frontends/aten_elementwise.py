@@ -348,7 +348,7 @@ UNSUPPORTED.update(dict.fromkeys(("rand", "randn", "rand_like", "randn_like", "r
 UNSUPPORTED.update(dict.fromkeys(("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2",
                                   "unique_dim", "unique_consecutive", "nonzero_static", "bincount"),
                                  "sizes or numbers that only the data knows: use torch.where or masks instead"))
-UNSUPPORTED.update(dict.fromkeys(("view_as_complex", "view_as_real", "complex", "polar", "fft_rfft", "fft_irfft",
-                                  "fft_fft", "fft_ifft", "_fft_r2c", "_fft_c2r", "_fft_c2c", "stft", "istft"),
-                                 "complex numbers and Fourier transforms are not supported; rotary positions can be "
-                                 "written with sine and cosine"))
+UNSUPPORTED.update(dict.fromkeys(("fft_rfft", "fft_irfft", "fft_fft", "fft_ifft", "_fft_r2c", "_fft_c2r", "_fft_c2c",
+                                  "stft", "istft"),
+                                 "Fourier transforms are not supported: make them outside of the model, or write them "
+                                 "as products with constant matrices of sines and cosines"))

@@ -21,6 +21,8 @@ from dlbc_runtime.signature import UNBOUNDED
 DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
           torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
           torch.bool: "bool"}
+PARTS = {torch.complex64: "f32", torch.complex128: "f64"}
+"""Element types of the real and the imaginary parts of complex numbers."""
 
 
 @dataclass
@@ -82,9 +84,16 @@ class Sizes:
     def type(self, tensor: torch.Tensor) -> Type:
         """The type of a (fake) tensor."""
         if tensor.dtype not in DTYPES:
+            inside = "; complex numbers only within the model" if tensor.dtype in PARTS else ""
             raise ExportError(f"a tensor of element type {tensor.dtype}",
-                              hint=f"supported element types: {', '.join(map(str, DTYPES))}")
+                              hint=f"supported element types: {', '.join(map(str, DTYPES))}{inside}")
         return Type(DTYPES[tensor.dtype], tuple(self.dim(size) for size in tensor.shape))
+
+    def inner_type(self, tensor: torch.Tensor) -> Type:
+        """The type of a (fake) tensor within the model, where complex numbers are pairs along a last axis of 2."""
+        if tensor.dtype in PARTS:
+            return Type(PARTS[tensor.dtype], (*(self.dim(size) for size in tensor.shape), 2))
+        return self.type(tensor)
 
     def samples(self) -> Iterable[Mapping[str, int]]:
         """A few assignments of numbers to all sizes, for comparing expressions that look different."""

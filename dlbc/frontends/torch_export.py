@@ -22,6 +22,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from dlbc.errors import DlbcError, ExportError
+from dlbc.frontends.aten_complex import Pair
 from dlbc.frontends.expert_capture import portable_experts
 from dlbc.frontends.expert_rows import NotByRow
 from dlbc.frontends.failures import brief, elsewhere, explained
@@ -472,6 +473,11 @@ def _weights(model: nn.Module, program: ExportedProgram, sizes: Sizes) -> tuple[
         tensor = program.state_dict.get(spec.target)
         tensor = program.constants[spec.target] if tensor is None else tensor
         name = names.setdefault(id(tensor), spec.target)
+        if tensor.is_complex():
+            if spec.kind is not InputKind.CONSTANT_TENSOR:
+                raise ExportError("a weight of complex numbers", where=name,
+                                  hint="keep torch.view_as_real of it, or make it a plain attribute of its module")
+            tensor = torch.view_as_real(tensor)
         found[name] = tensor
         operands[spec.arg.name] = weight_operand(name, tensor, sizes)
     return found, operands
@@ -495,6 +501,8 @@ def _results(translation: Translation, outputs: tuple[Operand, ...],
              program: ExportedProgram) -> tuple[list[Value], Tree]:
     """The forward section's results and the tree of the model's result. Every result is a value of its own:
     an output that is an input, a weight, or another output again gets a copy (a cast to its own type)."""
+    if any(isinstance(output, Pair) for output in outputs):
+        raise ExportError("the model returns complex numbers", hint="let it return torch.view_as_real of them")
     results: list[Value] = []
     at, inner = translation.at, {value.name for op in translation.at.ops for value in op.results}
     at.place = ""

@@ -15,6 +15,7 @@ from torch import fx
 
 from dlbc.errors import DlbcError, ExportError, IRError, UnsupportedOpError
 from dlbc.frontends.aten import TABLE, UNSUPPORTED, Handler, Tracer, is_tensor, type_of
+from dlbc.frontends.aten_complex import COMPLEX, Pair
 from dlbc.frontends.sizes import DTYPES, Sizes
 from dlbc.ir.core import Location, Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Sym
@@ -47,7 +48,8 @@ class Translation:
     locations: dict[str, Location] = field(default_factory=dict)
 
     def run(self, module: fx.GraphModule) -> tuple[Any, ...]:
-        """Translate every node after the placeholders, which must be known; the output node's arguments."""
+        """Translate every node after the placeholders, which must be known; the output node's arguments (complex ones
+        as `Pair`)."""
         alive = _alive(module.graph)
         for node in module.graph.nodes:
             if node not in alive:
@@ -103,7 +105,7 @@ class Translation:
         packet = _names(target)[1]
         if packet in _CHECKS or packet in _SIZES:
             return None
-        handler = _handler(target, self.at)
+        handler = _handler(target, self.at, numbers=COMPLEX if _complex(node) else TABLE)
         self.at.target, self.at.dtypes = f"{packet}.{target._overloadname}", DTYPES
         self.at.expected = self._expected(meta)
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
@@ -121,9 +123,9 @@ class Translation:
 
     def _expected(self, meta: object) -> tuple[Type | None, ...]:
         if isinstance(meta, torch.Tensor):
-            return (self.sizes.type(meta),)
+            return (self.sizes.inner_type(meta),)
         if isinstance(meta, tuple | list):
-            return tuple(self.sizes.type(one) if isinstance(one, torch.Tensor) else None for one in meta)
+            return tuple(self.sizes.inner_type(one) if isinstance(one, torch.Tensor) else None for one in meta)
         return ()
 
     def _checked(self, found: Operand, expected: Type, node: fx.Node) -> Operand:
@@ -139,8 +141,12 @@ class Translation:
         return self.at.converted(found, expected.dtype)
 
     def _arguments(self, arguments: Any) -> Any:
-        found = fx.node.map_aggregate(arguments, lambda a: self._known(a) if isinstance(a, fx.Node) else a)
-        return _plain(found)
+        def given(a: Any) -> Any:
+            if not isinstance(a, fx.Node):
+                return a
+            return Pair(self._known(a)) if _is_complex(a.meta.get("val")) else self._known(a)
+
+        return _plain(fx.node.map_aggregate(arguments, given))
 
     def _known(self, node: fx.Node) -> Any:
         found = self.known[node]
@@ -170,7 +176,8 @@ class Translation:
         placeholders = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
         self.known |= dict(zip(placeholders, operands, strict=True))
         found = self.run(region)
-        return found if isinstance(found, tuple) else (found,)
+        return tuple(one.value if isinstance(one, Pair) else one
+                     for one in (found if isinstance(found, tuple) else (found,)))
 
     def _region_arguments(self, node: fx.Node, skipped: int) -> list[Any]:
         return [self.known[arg] if isinstance(arg, fx.Node) else arg for arg in node.args[skipped:]]
@@ -237,15 +244,28 @@ def _alive(graph: fx.Graph) -> set[fx.Node]:
     return alive
 
 
-def _handler(target: torch._ops.OpOverload, at: Tracer) -> Handler:
-    """The handler of an ATen overload. UnsupportedOpError, with a remedy, when there is none."""
+def _is_complex(meta: object) -> bool:
+    return isinstance(meta, torch.Tensor) and meta.is_complex()
+
+
+def _complex(node: fx.Node) -> bool:
+    """Whether a node computes with or gives complex numbers."""
+    return any(_is_complex(one.meta.get("val")) for one in (node, *node.all_input_nodes))
+
+
+def _handler(target: torch._ops.OpOverload, at: Tracer, numbers: Mapping[str, Handler] = TABLE) -> Handler:
+    """The handler of an ATen overload on real or complex numbers. UnsupportedOpError, with a remedy, when there is
+    none."""
     full = f"{_names(target)[1]}.{target._overloadname}"
     found = _entry(target, UNSUPPORTED)
     if found is not None:
         raise UnsupportedOpError(f"`aten.{full}` is not supported", where=at.origin, hint=found)
-    handler = _entry(target, TABLE)
+    handler = _entry(target, numbers)
     if handler is not None:
         return handler
+    if numbers is COMPLEX:
+        raise UnsupportedOpError(f"`aten.{full}` of complex numbers is not supported", where=at.origin,
+                                 hint="write this part of the model with real numbers (torch.view_as_real)")
     raise UnsupportedOpError(f"`{_names(target)[0]}.{full}` is not supported", where=at.origin,
                              hint="write this part of the model with other operators, "
                                   "or add a handler in dlbc/frontends")
@@ -259,7 +279,7 @@ def unknown(module: fx.GraphModule) -> set[torch._ops.OpOverload]:
             target = node.target
             if isinstance(target, torch._ops.OpOverload) and not (
                     _names(target)[1] in _CHECKS | _SIZES or _entry(target, TABLE) is not None
-                    or _entry(target, UNSUPPORTED) is not None):
+                    or _entry(target, UNSUPPORTED) is not None or _complex(node)):
                 found.add(target)
     return found
 

@@ -19,9 +19,9 @@ from dlbc.passes.match import Dataflow, last, orders, replace_ops, type_of
 class RaiseRotary(Pass):
     """`x * cos + rotate(x) * sin` is `rotary(x, cos, sin)`; rotate is (-x2, x1) of halves, or of pairs.
 
-    Also written out by halves, `cat(x1 cos - x2 sin, x2 cos + x1 sin)`, or by pairs (GPT-J). Pairs that come
-    out as halves (DeepSeek) are halves laid side by side first. A partial rotary is the same on a slice of the
-    head. cos and sin must not carry relevance.
+    Also written out by halves, `cat(x1 cos - x2 sin, x2 cos + x1 sin)`, or by pairs (GPT-J; LLaMA 4 as complex
+    numbers). Pairs that come out as halves (DeepSeek) are halves laid side by side first. A partial rotary is
+    the same on a slice of the head. cos and sin must not carry relevance.
     """
 
     name: ClassVar[str] = "raise_rotary"
@@ -33,7 +33,7 @@ class RaiseRotary(Pass):
         def step(op: Op, flow: Dataflow, at: Builder) -> Operand:
             if op.name == "add":
                 return _turned(op, flow, at, carrying)
-            if op.name in ("cat", "reshape"):
+            if op.name == "cat":
                 return _by_parts(op, flow, at, carrying)
             return None
 
@@ -81,16 +81,22 @@ def _joined(operand: Operand, flow: Dataflow) -> tuple[tuple[Operand, Operand], 
     if op.name == "cat":
         whole = len(op.operands) == 2 and last(operand, attr(op, "dim"))
         return ((op.operands[0], op.operands[1]), False) if whole else None
-    stacked = flow.op(op.operands[0], "cat")
-    if stacked is None or len(stacked.operands) != 2 or not last(stacked.result, attr(stacked, "dim")):
+    pairs = _stacked(flow.op(op.operands[0], "cat"), flow)
+    if pairs is None:
         return None
-    first, second = (flow.op(part, "reshape") for part in stacked.operands)
+    half = type_of(pairs[0]).shape
+    return (pairs, True) if type_of(operand).shape == (*half[:-1], half[-1] * 2) else None
+
+
+def _stacked(op: Op | None, flow: Dataflow) -> tuple[Operand, Operand] | None:
+    """The two values of one shape that become pairs along a new last axis."""
+    if op is None or len(op.operands) != 2 or not last(op.result, attr(op, "dim")):
+        return None
+    first, second = (flow.op(part, "reshape") for part in op.operands)
     if first is None or second is None:
         return None
     a, b, half = first.operands[0], second.operands[0], type_of(first.operands[0]).shape
-    if not half or first.result.type.shape != (*half, 1) or type_of(b).shape != half:
-        return None
-    return ((a, b), True) if type_of(operand).shape == (*half[:-1], half[-1] * 2) else None
+    return (a, b) if half and first.result.type.shape == (*half, 1) and type_of(b).shape == half else None
 
 
 def _whole(first: Operand, second: Operand, interleaved: bool, flow: Dataflow) -> tuple[Operand, bool] | None:
@@ -115,10 +121,22 @@ def _parity(part: Op, size: int) -> Dim | None:
     return start if isinstance(start, int) and isinstance(stop, int) and stop >= size - 1 + start % 2 else None
 
 
+def _members(first: Operand, second: Operand, flow: Dataflow, at: Builder) -> Operand:
+    """The value [..., 2n] whose pairs are the members of the last axis of one value [..., n, 2]; None for others."""
+    a, b = flow.op(first, "select"), flow.op(second, "select")
+    if a is None or b is None or a.operands[0] != b.operands[0]:
+        return None
+    pairs = a.operands[0]
+    *shape, count, two = type_of(pairs).shape if type_of(pairs).rank > 1 else (0, 0)
+    own = two == 2 and all(last(pairs, attr(op, "dim")) and attr(op, "index") == n for n, op in enumerate((a, b)))
+    return at.reshape(pairs, shape=(*shape, count * 2)) if own else None
+
+
 def _by_parts(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
-    """(x1 cos - x2 sin, x2 cos + x1 sin), laid side by side or in turns, with cos and sin of half the size; x1 and x2
-    are the halves of x, or (in turns, or laid side by side all the same) every other number of it."""
-    parts = _joined(op.result, flow)
+    """(x1 cos - x2 sin, x2 cos + x1 sin), laid side by side or as pairs, with cos and sin of half the size; x1 and x2
+    are the halves of x, or (as pairs, or laid side by side all the same) every other number of it."""
+    pairs = _stacked(op, flow)
+    parts = (pairs, True) if pairs is not None else _joined(op.result, flow)
     if parts is None:
         return None
     (low, high), interleaved = parts
@@ -127,16 +145,27 @@ def _by_parts(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operan
         return None
     for x1, cos in _products(difference.operands[0], flow):
         for x2, sin in _products(difference.operands[1], flow):
-            found = _whole(x1, x2, interleaved, flow)
-            apart = found is None and not interleaved and _whole(x1, x2, True, flow) is not None
-            if not (found or apart) or _carries(cos, carrying) or _carries(sin, carrying):
-                continue
             wanted = [{x2, cos}, {x1, sin}]
-            if any([set(p) for p in pair] == wanted for pair in _sums(total, flow)):
-                x = found[0] if found else at.cat(x1, x2, dim=axis(type_of(x1).rank, -1))
-                return at.rotary(x, _doubled(at, cos, interleaved), _doubled(at, sin, interleaved),
-                                 interleaved=interleaved)
+            if _carries(cos, carrying) or _carries(sin, carrying) or not any(
+                    [set(p) for p in pair] == wanted for pair in _sums(total, flow)):
+                continue
+            x = _source(x1, x2, interleaved, flow, at)
+            if x is not None:
+                turned = at.rotary(x, _doubled(at, cos, interleaved), _doubled(at, sin, interleaved),
+                                   interleaved=interleaved)
+                return at.reshape(turned, shape=op.result.type.shape) if interleaved else turned
     return None
+
+
+def _source(x1: Operand, x2: Operand, interleaved: bool, flow: Dataflow, at: Builder) -> Operand:
+    """The value whose halves (interleaved: the members of whose pairs) x1 and x2 are; None where there is none."""
+    whole = _whole(x1, x2, interleaved, flow)
+    if whole is not None:
+        return whole[0]
+    if interleaved:
+        return _members(x1, x2, flow, at)
+    apart = _whole(x1, x2, True, flow) is not None or _members(x1, x2, flow, at) is not None
+    return at.cat(x1, x2, dim=axis(type_of(x1).rank, -1)) if apart else None
 
 
 def _products(operand: Operand, flow: Dataflow) -> list[tuple[Operand, Operand]]:
