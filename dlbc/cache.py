@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import logging
 import os
 import platform
@@ -32,7 +31,7 @@ from dlbc.compiler import Source, build_program, compile_now, draw
 from dlbc.errors import ArtifactError, InputError
 from dlbc.fingerprint import Fingerprint, Uncapturable
 from dlbc.frontends.expert_capture import portable_experts, switches
-from dlbc.frontends.inputs import INJECTED, Signature, dynamic_axes, mapped, tensors
+from dlbc.frontends.inputs import Signature, dynamic_axes, injected, mapped, tensors
 from dlbc.frontends.quiet import EXPORTING
 from dlbc.frontends.registered_capture import registered
 from dlbc.options import Options
@@ -288,11 +287,9 @@ def _difference(explainer: Explainer, model: torch.nn.Module, args: tuple[Any, .
 
     try:
         results, positions = explainer.forward(*args, **kwargs)
-        given = inspect.signature(model.forward).parameters
-        injected = {name: value for name, value in INJECTED.items() if name in given and name not in
-                    Signature.of(model).bind(args, kwargs)}
+        added = injected(model, Signature.of(model), args, kwargs)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
-            expected = dict(_outputs(explainer.manifest.outputs.tree, model(*args, **kwargs, **injected), "the output"))
+            expected = dict(_outputs(explainer.manifest.outputs.tree, model(*args, **kwargs, **added), "the output"))
     except Exception as problem:  # generated code or the model's own: either way, compile again and see
         return f"{type(problem).__name__}: {problem}"
     for name, own in expected.items():

@@ -172,12 +172,8 @@ def test_what_is_no_model_and_what_is_no_input() -> None:
 # --- operands that no rule gives relevance to --------------------------------------------------------
 
 @pytest.mark.parametrize("operation", [
-    lambda x, z: F.linear(x, z.reshape(3, 4)), lambda x, z: F.linear(x, torch.ones(3, 4), z[:3]),
-    lambda x, z: F.conv1d(x[:, None], z.reshape(3, 1, 4))[..., 0], lambda x, z: F.layer_norm(x, (4,), z[:4]),
-    lambda x, z: F.embedding(torch.tensor([0, 2]), z.reshape(3, 4)) + x,
-    lambda x, z: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None],
-                                                attn_mask=z[:4].reshape(2, 2))[0, 0],
-], ids=["weight", "bias", "convolution", "norm", "embedding", "attention_mask"])
+    lambda x, z: F.conv1d(x[:, None], z.reshape(3, 1, 4))[..., 0], lambda x, z: F.group_norm(x, 2, z[:4]),
+], ids=["convolution", "norm"])
 @pytest.mark.parametrize("rules", ["attnlrp", "dlb", "input-x-gradient"])
 def test_a_weight_computed_from_an_explained_input_is_refused(operation: Callable[..., torch.Tensor],
                                                               rules: str) -> None:

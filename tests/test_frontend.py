@@ -582,3 +582,15 @@ def test_an_input_named_like_a_size_keeps_its_name(tmp_path: Path) -> None:
     explainer.save(tmp_path / "x.dlbc")
     for one in (explainer, dlbc.load(tmp_path / "x.dlbc", model)):
         assert list(one(X=x).relevance) == ["X"] == list(one(x).inputs)
+
+
+def test_a_cache_that_a_part_of_the_model_is_asked_for_is_left_out() -> None:
+    """Granite's mixture takes `use_cache` among its `**kwargs`, and has a cache by default."""
+    transformers = pytest.importorskip("transformers")
+    case = zoo.CASES["moe_granite"]()
+    case.model.config.use_cache = True
+    assert isinstance(case.model(**case.kwargs).past_key_values, transformers.Cache)
+    imported = import_model(case.model, case.args, case.kwargs)
+    assert imported.outputs.names == ("logits",)
+    assert imported.inputs.trees["use_cache"] == Constant(False, optional=True)
+    imported.inputs.bind((), dict(case.kwargs))

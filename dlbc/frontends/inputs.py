@@ -177,6 +177,17 @@ def input_tree(value: object, path: str, specs: Mapping[str, TensorSpec], option
     return Constant(value, optional)
 
 
+def injected(model: torch.nn.Module, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+             ) -> dict[str, Any]:
+    """What is given to a forward method beside the user's arguments (`INJECTED`). Some language models take `use_cache`
+    among their `**kwargs`, for a part of theirs."""
+    takes = (*signature.positional[len(args):], *signature.keyword)
+    inside = bool(signature.keywords) and "past_key_values" in takes and bool(
+        getattr(getattr(model, "config", None), "use_cache", False))
+    return {name: value for name, value in INJECTED.items()
+            if name not in kwargs and (name in takes or (name == "use_cache" and inside))}
+
+
 def input_spec(signature: Signature, bound: Mapping[str, Any], injected: Collection[str],
                specs: Mapping[str, TensorSpec], sizes: Sizes) -> InputSpec:
     """How later calls are read: the captured parameters in order, the others with their defaults."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dlbc.errors import UnsupportedOpError
 from dlbc.frontends.aten import Tracer
-from dlbc.frontends.inputs import INJECTED, Args, Dynamic, Signature, dynamic_axes, tensors
+from dlbc.frontends.inputs import Args, Dynamic, Signature, dynamic_axes, injected, tensors
 from dlbc.frontends.torch_export import _Capture, evaluating
 from dlbc.frontends.translate import _CHECKS, _SIZES, _handler, described, provenance
 
@@ -19,9 +19,8 @@ def unsupported(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyna
                 ) -> tuple[UnsupportedOpError, ...]:
     """One error for each such operator and place, in the order of the model. Raises ExportError, as compiling."""
     signature = Signature.of(model)
-    injected = {name: value for name, value in INJECTED.items()
-                if name in (*signature.positional[len(args):], *signature.keyword) and name not in kwargs}
-    bound = signature.bind(args, {**kwargs, **injected})
+    added = injected(model, signature, args, kwargs)
+    bound = signature.bind(args, {**kwargs, **added})
     named = {path: x for name, value in bound.items() for path, x in tensors(value, name)}
     with torch.no_grad(), evaluating(model):
         program, _, _ = _Capture(model, signature, bound, named).run(dynamic_axes(named, dynamic))

@@ -28,7 +28,6 @@ from dlbc.frontends.expert_rows import NotByRow
 from dlbc.frontends.failures import brief, elsewhere, explained
 from dlbc.frontends.in_place import exchange_in_place
 from dlbc.frontends.inputs import (
-    INJECTED,
     Args,
     Axes,
     Dynamic,
@@ -36,6 +35,7 @@ from dlbc.frontends.inputs import (
     Signature,
     dynamic_axes,
     enlarged,
+    injected,
     input_spec,
     mapped,
     normalise,
@@ -80,9 +80,8 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
     """Capture a model on example inputs. `dynamic`: True for batch and sequence, False for nothing, or axes by
     input name. Raises InputError (examples), ExportError (capture) and UnsupportedOpError (operators)."""
     signature = Signature.of(model)
-    injected = {name: value for name, value in INJECTED.items()
-                if name in (*signature.positional[len(args):], *signature.keyword) and name not in kwargs}
-    bound = signature.bind(args, {**kwargs, **injected})
+    added = injected(model, signature, args, kwargs)
+    bound = signature.bind(args, {**kwargs, **added})
     named = {path: x for name, value in bound.items() for path, x in tensors(value, name)}
     if not named:
         raise ExportError("the example inputs hold no tensor", hint="give the inputs that the model runs on")
@@ -91,7 +90,7 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
         capture.check()
         program, sizes, static = capture.run(dynamic_axes(named, dynamic))
         try:
-            return _imported(capture, program, sizes, static, tuple(injected))
+            return _imported(capture, program, sizes, static, tuple(added))
         except DlbcError as problem:
             raise elsewhere(problem, model) from problem.__cause__
 

@@ -27,10 +27,10 @@ from dlbc.passes.carriers import explained_inputs
 from dlbc.passes.rewrite import with_saves
 from dlbc.passes.rules import RULES, Contributions, Expansion, Facts
 from dlbc.passes.rules.linear import CONVS, LINEAR, TRANSPOSED
-from dlbc.passes.rules.moves import MOVES
 from dlbc.passes.rules.norms import NORMS
 from dlbc.passes.rules.secants import SECANTS, load_secants
 from dlbc.passes.rules.sums import ADDED, SUMS
+from dlbc.passes.varying import masked, varying
 
 if TYPE_CHECKING:
     from dlbc_runtime.signature import InputSpec
@@ -44,30 +44,6 @@ _REFUSED = {
     "absolute_0_1": "reproduces dl-backtrace 0.1.24, which knows no reference",
     "equal": "reproduces dl-backtrace 0.1.24, which knows no reference",
     "dlb_0_1": "reproduces dl-backtrace 0.1.24, which knows no reference"}
-
-
-# --- what varies with the input ------------------------------------------------------------------------
-
-def varying(graph: Graph) -> frozenset[str]:
-    """Names of the forward values that depend on an explained input, in whatever way."""
-    found = {p.name for p in explained_inputs(graph)}
-    for op in graph.forward.ops:
-        if any(v.name in found for v in values(op.inputs)):
-            found |= {r.name for r in op.results}
-    return frozenset(found)
-
-
-def infinite(graph: Graph) -> frozenset[str]:
-    """Names of the forward values that may be infinite: scores with a mask of -inf, and moves of them."""
-    known, found = varying(graph), set[str]()
-    for op in graph.forward.ops:
-        masks = [o for o in op.operands if (isinstance(o, Value | Weight) and o.type.floating and o.type.rank > 0
-                                            and o.name not in known) or (isinstance(o, float) and isinf(o))]
-        source = op.name in ("add", "sub", "where", "maximum", "minimum", "scatter", "index_put") and masks
-        if source or (op.name in (*MOVES, "add", "sub", "mul", "div", "where") and any(
-                v.name in found for v in values(op.operands))):
-            found |= {r.name for r in op.results}
-    return frozenset(found & known)
 
 
 # --- rules ---------------------------------------------------------------------------------------------
@@ -221,4 +197,5 @@ def _sizes(shape: Sequence[Dim]) -> set[str]:
 def difference_facts(graph: Graph, known: Facts) -> Facts:
     """The facts of a graph that has a reference."""
     kind = graph.attrs.get("reference")
-    return replace(known, reference=str(kind), varying=varying(graph), infinite=infinite(graph)) if kind else known
+    return replace(known, reference=str(kind), varying=varying(graph),
+                   infinite=known.infinite | masked(graph)) if kind else known

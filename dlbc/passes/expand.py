@@ -12,12 +12,13 @@ from dlbc.passes.differences import difference_facts, expand_difference
 from dlbc.passes.rotations import rotations
 from dlbc.passes.rules import RULES, Contributions, Expansion, Facts, load_rules, seeded
 from dlbc.passes.signs import nonnegative
+from dlbc.passes.varying import infinite
 
 
 def facts(graph: Graph) -> Facts:
     """What rules may know of a graph."""
     return difference_facts(graph, Facts(carriers(graph), _softmaxes(graph), nonnegative=nonnegative(graph),
-                                         rotations=rotations(graph)))
+                                         rotations=rotations(graph), infinite=infinite(graph)))
 
 
 def _softmaxes(graph: Graph) -> set[str]:

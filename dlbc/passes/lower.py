@@ -100,7 +100,8 @@ class _Lowering:
             results = [at.amount("M", op.operands[0], op.reads[0])]  # type: ignore[arg-type]
         elif op.name == "rel.to_relevance":
             value, defined = at.read(op.reads[0]), self.forward.get(op.of)
-            masked = defined is not None and defined.name in ("add", "sub", "where")  # scores may be -inf there
+            masked = op.of in self.facts.infinite or (  # scores may be -inf there
+                defined is not None and defined.name in ("add", "sub", "where"))
             results = [at.mul(op.operands[0], at.finite(value) if masked else value)]
         elif op.name == "rel.to_multiplier":
             results = [self._to_multiplier(at, op)]

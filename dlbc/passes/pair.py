@@ -32,10 +32,6 @@ from dlbc.passes.rules import RULES, Form, reference_of, seeded
 from dlbc.passes.signs import rectifies
 from dlbc.selectors import Sites
 
-_WRITTEN_OUT = {
-    "attention": "write the attention out: (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v",
-    "linear": "write it as x @ weight.T + bias", "embedding": "write it as weight[ids]"}
-
 
 def read_composite(text: str) -> Composite:
     """A composite from its JSON text. ValueError for something else."""
@@ -260,8 +256,7 @@ class _Pairing:
                 raise UnsupportedOpError(
                     f"operand {op.operands.index(operand) + 1} of `{op.name}`, `%{operand.name}`, is computed from an "
                     "explained input, and no rule gives it relevance", where=f"#{op.place or 'model'}",
-                    hint=_WRITTEN_OUT.get(op.name, "compute it from weights alone, or write this part of the model "
-                                                   "with sums and products"))
+                    hint="compute it from weights alone, or write this part of the model with sums and products")
 
     def _constant_factor(self, op: Op) -> bool:
         return sum(v.name in self.carriers for v in values(op.operands)) == 1

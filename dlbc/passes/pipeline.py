@@ -17,6 +17,7 @@ from dlbc.passes.raise_norms import RaiseNorms
 from dlbc.passes.raise_rotary import RaiseRotary
 from dlbc.passes.unflatten_rows import UnflattenRows
 from dlbc.passes.unsort_rows import UnsortRows
+from dlbc.passes.write_out import WriteOut
 
 CANONICALISE: tuple[Pass, ...] = (
     EliminateDead(),
@@ -36,6 +37,7 @@ CANONICALISE: tuple[Pass, ...] = (
     RaiseActivations(),
     RaiseRotary(),
     RaiseAttention(),
+    WriteOut(),
     FoldMasks(),  # after attention is raised: eager masks are additive, those of sdpa boolean
     RaiseGated(),  # after activations: silu may have been x * sigmoid(x)
     HoistConstants(),

@@ -172,7 +172,7 @@ class Facts:
     varying: frozenset[str] = frozenset()
     """Of a graph with a reference: the forward values that are others at the reference input."""
     infinite: frozenset[str] = frozenset()
-    """Of a graph with a reference: the forward values that may be infinite (masked scores)."""
+    """The forward values that may be infinite (masked scores)."""
 
 
 class Expansion(Builder):

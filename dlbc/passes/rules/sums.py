@@ -69,8 +69,8 @@ def _size(at: Expansion, operand: Operand, may_be_infinite: bool) -> Operand:
 
 
 def _may_be_infinite(at: Expansion, op: Op) -> bool:
-    """A mask of -inf was added, or the largest score is subtracted from masked scores."""
-    return op.name == "sub" or any(
+    """A mask of -inf was added, here or before, or the largest score is subtracted from masked scores."""
+    return op.name == "sub" or op.result.name in at.facts.infinite or any(
         isinstance(kind := getattr(o, "type", None), Type) and kind.rank > 0 and not at.carries(o) for o in op.operands)
 
 
