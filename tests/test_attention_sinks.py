@@ -157,6 +157,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         [s + torch.triu(torch.full(s.shape[-2:], -1e38), 1), column(k, s)], -1), -1)[..., :-1],
     "masked by where": lambda s, k: torch.softmax(torch.cat([torch.where(
         torch.ones(s.shape[-2:], dtype=torch.bool).tril(), s, -torch.inf), column(k, s)], -1), -1)[..., :-1],
+    "weights scaled": lambda s, k: torch.softmax(s, -1) * torch.sigmoid(s.logsumexp(-1) - k.view(1, -1, 1))[..., None],
+    "weights scaled, axis kept": lambda s, k: torch.sigmoid(s.logsumexp(-1, True) - k.view(-1, 1, 1)) * s.softmax(-1),
     "in doubles": lambda s, k: torch.softmax(torch.cat([s, column(k, s)], -1).double(), -1)[..., :-1].float(),
 }
 
@@ -183,11 +185,33 @@ def test_ways_of_writing_it(way: str) -> None:
     model, x = Written(WAYS[way]), torch.from_numpy(np.random.default_rng(0).normal(size=(2, 2, 5, 3))).float()
     graph = canonical(model, x)
     (op,) = named(graph, "attention")
-    assert str(op.operands[4]) == "@sinks" and not named(graph, "softmax", "cat", "amax")
+    assert str(op.operands[4]) == "@sinks" and not named(graph, "softmax", "cat", "amax", "logsumexp")
     assert op.attrs.get("causal", False) is ("masked" in way)
     weights = {"sinks": model.sinks.detach().double().numpy()}
     (found,) = interpret(graph, {graph.forward.params[0].name: x.double().numpy()}, weights).outputs
     np.testing.assert_allclose(found, model(x).detach(), atol=1e-6)
+
+
+def test_what_attention_gives_is_scaled() -> None:
+    """As Granite SWA has it; a gate of other scores, or one that is no sink, stays a gate."""
+    class Scaled(nn.Module):
+        def __init__(self, other: float) -> None:
+            super().__init__()
+            self.sinks, self.other = nn.Parameter(torch.linspace(-1, 1, 2)), other
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = x @ x.transpose(-1, -2) * 0.5
+            gate = ((scores * self.other).logsumexp(-1) - self.sinks.view(1, -1, 1)).sigmoid()
+            return (scores.softmax(-1) @ x) * gate[..., None]
+
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 2, 5, 3))).float()
+    graph = canonical(Scaled(1.0), x)
+    (op,) = named(graph, "attention")
+    assert str(op.operands[4]) == "@sinks" and not named(graph, "mul", "sigmoid", "logsumexp")
+    weights = {"sinks": torch.linspace(-1, 1, 2).double().numpy()}
+    (found,) = interpret(graph, {graph.forward.params[0].name: x.double().numpy()}, weights).outputs
+    np.testing.assert_allclose(found, Scaled(1.0)(x).detach(), atol=1e-6)
+    assert named(canonical(Scaled(2.0), x), "sigmoid")
 
 
 def test_the_largest_score_is_subtracted_without_sinks_too() -> None:

@@ -20,7 +20,8 @@ class RaiseActivations(Pass):
     """Formulas of one value that the catalogue has a name for.
 
     gelu (erf, tanh in both usual forms, quick), silu, mish, hardswish, hardsigmoid, sigmoid as
-    `1 / (1 + exp(-x))`, softsign, log_sigmoid, relu as clamp or maximum. Products may be associated and
+    `1 / (1 + exp(-x))`, softsign, log_sigmoid, relu as clamp or maximum; softmax and its logarithm with
+    `x - logsumexp(x)`. Products may be associated and
     ordered in any way; constants may differ from the exact ones by rounding (1e-6).
     """
 
@@ -178,7 +179,22 @@ def _log_sigmoid(op: Op, flow: Dataflow, at: Builder) -> Operand:
     return at.log_sigmoid(inner.operands[0]) if inner is not None else None
 
 
+def _log_softmax(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """x - logsumexp(x) along one axis."""
+    x, whole = op.operands[0], flow.op(op.operands[1], "logsumexp")
+    dims = attr(whole, "dims") if whole is not None else ()
+    if whole is None or whole.operands[0] != x or not isinstance(dims, tuple) or len(dims) != 1:
+        return None
+    return at.log_softmax(x, dim=dims[0]) if attr(whole, "keepdim") else None
+
+
+def _softmax(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """The exponential of log_softmax."""
+    inner = flow.op(op.operands[0], "log_softmax")
+    return None if inner is None else at.softmax(inner.operands[0], dim=attr(inner, "dim"))
+
+
 _PATTERNS: dict[str, tuple[Callable[[Op, Dataflow, Builder], Operand], ...]] = {
     "mul": (_product, _hardsigmoid), "div": (_product, _quotient), "reciprocal": (_quotient,),
-    "clamp": (_relu,), "maximum": (_relu,), "log": (_log_sigmoid,),
+    "clamp": (_relu,), "maximum": (_relu,), "log": (_log_sigmoid,), "sub": (_log_softmax,), "exp": (_softmax,),
 }

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dlbc.errors import IRError
 from dlbc.ir.builder import Builder
-from dlbc.ir.core import Graph, Op, Operand, Type, Value
+from dlbc.ir.core import Graph, Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import Dim
 from dlbc.ir.ops import attr, axis, broadcast
 from dlbc.passes import Pass, register
@@ -26,7 +26,8 @@ class RaiseAttention(Pass):
     Scores may be multiplied or divided by the scale, capped by tanh, masked by adding (transformers, T5's
     position bias) or by `where` with -inf or a very negative number; casts around the softmax go, and so does
     the largest score of a row that is subtracted first. A mask must not carry relevance. One more score per
-    head, laid beside the others and cut off after the softmax, is the head's sink. k and v repeated for groups
+    head, laid beside the others and cut off after the softmax, is the head's sink; so is c where weights, or what
+    they give, are multiplied by sigmoid(logsumexp(scores) - c) (Granite SWA). k and v repeated for groups
     of query heads (expand, reshape) are read unrepeated, in front of an `attention` too. What has no head axis
     stays as it is.
 
@@ -39,10 +40,13 @@ class RaiseAttention(Pass):
     def run(self, graph: Graph) -> Graph:
         """The graph with attention raised."""
         carrying = carriers(graph)
+        scores: dict[str, Operand] = {}
 
         def step(op: Op, flow: Dataflow, at: Builder) -> Operand:
             if op.name == "matmul" and op.result.type.rank == 4:
-                return _eager(op, flow, at, carrying)
+                return _eager(op, flow, at, carrying, scores)
+            if op.name == "mul" and op.result.type.rank == 4:
+                return _scaled(op, flow, at, carrying, scores)
             return _grouped(op, flow, at) if op.name == "attention" else None
 
         return replace_ops(graph, step)
@@ -61,9 +65,10 @@ class _Scores:
     drop: list[Operand] = field(default_factory=list)
 
 
-def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
+def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str], known: dict[str, Operand]) -> Operand:
+    """`known`: of each attention found so far, what its softmax is taken of; by name."""
     weights, v = op.operands
-    found = _softmax_of(flow.uncast(weights), flow)
+    found = _softmax_of(flow.uncast(weights), flow, at)
     if found is None:
         return None
     scores, sinks = _scores(found[0], flow, at, type_of(weights).shape), found[1]
@@ -82,12 +87,54 @@ def _eager(op: Op, flow: Dataflow, at: Builder, carrying: set[str]) -> Operand:
         if sinks is None:
             return None
     found_op = at.attention(q, k, v, mask, sinks, scale=scores.scale, softcap=scores.softcap)
+    known[found_op.name] = found[0]
     return as_type(at, found_op, op.result.type)
 
 
-def _softmax_of(weights: Operand, flow: Dataflow) -> tuple[Operand, Operand] | None:
+def _scaled(op: Op, flow: Dataflow, at: Builder, carrying: set[str], known: dict[str, Operand]) -> Operand:
+    """Attention times sigmoid(logsumexp(scores) - c), which is attention with the sink c."""
+    for result, gate in orders(op):
+        inner = flow.op(flow.uncast(result), "attention")
+        if inner is None or inner.result.name not in known or len(inner.operands) > 4:
+            continue
+        column = _sink_of(gate, known[inner.result.name], flow, at)
+        if column is None or (isinstance(column, Value) and column.name in carrying):
+            continue
+        sinks = _of_heads(column, inner.result.type.shape[1], flow, at)
+        if sinks is not None:
+            q, k, v, mask = (*inner.operands, None)[:4]
+            return as_type(at, build(at, "attention", q, k, v, mask, sinks, attrs=inner.attrs), op.result.type)
+    return None
+
+
+def _sink_of(gate: Operand, scores: Operand, flow: Dataflow, at: Builder) -> Operand:
+    """c as a column [..,H,1,1] where gate [B,H,T,1] is sigmoid(logsumexp(scores) - c); None where it is not."""
+    x = flow.uncast(gate)
+    inner, flat = flow.op(x, "reshape"), False
+    if inner is not None and type_of(x).shape == (*type_of(inner.operands[0]).shape, 1):
+        x, flat = flow.uncast(inner.operands[0]), True
+    sigmoid = flow.op(x, "sigmoid")
+    less = flow.op(flow.uncast(sigmoid.operands[0]), "sub") if sigmoid is not None else None
+    whole = flow.op(flow.uncast(less.operands[0]), "logsumexp") if less is not None else None
+    if less is None or whole is None or flow.uncast(whole.operands[0]) != scores:
+        return None
+    dims, column = attr(whole, "dims"), less.operands[1]
+    alone = isinstance(dims, tuple) and len(dims) == 1 and last(scores, dims[0]) and attr(whole, "keepdim") is not flat
+    if not alone or not isinstance(column, Value | Weight):
+        return None
+    return at.reshape(column, shape=(*column.type.shape, 1)) if flat else column
+
+
+def _softmax_of(weights: Operand, flow: Dataflow, at: Builder) -> tuple[Operand, Operand] | None:
     """The scores that a softmax over the last axis is taken of, and the column laid beside them (None: there is none)
-    that is cut off again."""
+    that is cut off again, or that it is multiplied for."""
+    scaled = flow.op(weights, "mul")
+    if scaled is not None:
+        for result, gate in orders(scaled):
+            found = _softmax_of(flow.uncast(result), flow, at)
+            if found is not None and found[1] is None and (column := _sink_of(gate, found[0], flow, at)) is not None:
+                return found[0], column
+        return None
     cut = flow.op(weights, "slice")
     softmax = flow.op(weights if cut is None else flow.uncast(cut.operands[0]), "softmax")
     if softmax is None or not last(softmax.result, attr(softmax, "dim")):
@@ -122,6 +169,7 @@ def _unshifted(x: Operand, flow: Dataflow) -> Operand:
 
 def _of_heads(column: Operand, heads: Dim, flow: Dataflow, at: Builder) -> Operand:
     """[H] where a column [B,H,T,1] has one number for each head; None where it has more."""
+    flow.follow(at)
     number, kind = flow.number(column), type_of(column)
     if number is not None:
         return at.full(shape=(heads,), value=float(number), dtype=kind.dtype)
@@ -131,10 +179,10 @@ def _of_heads(column: Operand, heads: Dim, flow: Dataflow, at: Builder) -> Opera
     shape = type_of(x).shape
     if ((1,) * (4 - len(shape)) + shape) != (1, heads, 1, 1):
         return None
-    inner = flow.op(x, "reshape")
-    if inner is not None and type_of(inner.operands[0]).shape == (heads,):
-        return inner.operands[0]
-    return at.reshape(x, shape=(heads,))
+    inner = x
+    while (shaped := flow.op(inner, "reshape")) is not None:
+        inner = shaped.operands[0]
+    return inner if type_of(inner).shape == (heads,) else at.reshape(x, shape=(heads,))
 
 
 def _heads_fit(q: Type, k: Type, v: Type) -> bool:
