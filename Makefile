@@ -33,7 +33,7 @@ test: venv  ## run all tests
 fuzz: venv  ## try the passes on random models for MINUTES=10, until one shows a bug
 	PYTHONPATH=.:runtime $(PY) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
-peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers (what they cost: benchmarks/cost_peers.py)
+peers: $(PEERS)/.installed  ## compare with lxt, zennit and captum, in .venv-peers (what these and others cost: benchmarks/cost_peers.py)
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 gpu-test: venv  ## check kernels and models on a GPU; says so where there is none

@@ -91,30 +91,30 @@ def qwen3_moe(tokens: int = 128, *, experts: int = 16, used: int = 16) -> Case:
         lambda x: model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits, embed(ids)))
 
 
-def bert_base() -> Case:
-    """BERT-base with a head for two classes; 8 texts of 128 tokens."""
+def bert_base(texts: int = 8, tokens: int = 128) -> Case:
+    """BERT-base with a head for two classes, and texts."""
     from transformers import BertConfig, BertForSequenceClassification
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForSequenceClassification(BertConfig()).eval().requires_grad_(False)
-        ids = torch.randint(0, 30000, (8, 128))
+        ids = torch.randint(0, 30000, (texts, tokens))
     embed = model.get_input_embeddings()
     return Case(model, ids, lambda: input_gradient(lambda x: model(inputs_embeds=x).logits, embed(ids)))
 
 
-def _pictures(model: nn.Module) -> Case:
+def _pictures(model: nn.Module, count: int = 4) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x = torch.randn(4, 3, 224, 224).clamp(-3, 3)  # within the bounds of the z-box rule
+        x = torch.randn(count, 3, 224, 224).clamp(-3, 3)  # within the bounds of the z-box rule
     return Case(model, x, lambda: input_gradient(model, x))
 
 
-def resnet18() -> Case:
-    """ResNet-18; four pictures of 224 x 224."""
+def resnet18(pictures: int = 4) -> Case:
+    """ResNet-18; pictures of 224 x 224."""
     import zoo
 
-    return _pictures(zoo.resnet18(width=64).eval().requires_grad_(False))
+    return _pictures(zoo.resnet18(width=64).eval().requires_grad_(False), pictures)
 
 
 def vgg11() -> Case:

@@ -30,15 +30,23 @@ def machine() -> dict[str, object]:
             "python": platform.python_version(), "torch": torch.__version__}
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], *, runs: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each case, one run of each in turn, `runs` times, after `warmup` turns."""
+def interleaved(cases: Mapping[str, Callable[[], object]], *, runs: int, warmup: int = 3,
+                repeats: Mapping[str, int] | None = None) -> dict[str, list[float]]:
+    """Seconds of each case, one run of each in turn, `runs` times, after `warmup` turns.
+
+    `repeats`: how often a case runs in its turn, of which the median counts: short ones beside one that takes seconds,
+    after which caches are cold and threads asleep.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + runs):
         for name, case in cases.items():
-            started = time.perf_counter()
-            case()
+            found = []
+            for _ in range((repeats or {}).get(name, 1)):
+                started = time.perf_counter()
+                case()
+                found.append(time.perf_counter() - started)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(statistics.median(found))
     return seconds
 
 
@@ -61,14 +69,16 @@ def input_gradient(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
     return x.grad
 
 
-def peak_memory(script: str, *arguments: str) -> float:
+def peak_memory(script: str, *arguments: str, seconds: float | None = None) -> float:
     """Peak resident memory, MiB, that `script --measure-memory arguments` adds, run in a fresh process.
+
+    It gets `seconds`; `subprocess.TimeoutExpired` says that they were not enough.
 
     Arrays that are freed go back to the system at once. By default glibc keeps some of them, by how they happen to lie:
     peaks of the same run then differ by a third, and say more of the allocator than of what runs.
     """
     out = subprocess.run([sys.executable, script, "--measure-memory", *arguments], check=True, capture_output=True,
-                         text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}).stdout
+                         text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=seconds).stdout
     return float(out.strip().splitlines()[-1])
 
 
@@ -132,10 +142,13 @@ def report(name: str, rows: Sequence[Mapping[str, object]], **facts: object) -> 
     from rich.table import Table
 
     table = Table(title=name)
-    for key in rows[0]:
-        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    columns = {key: value for row in reversed(rows) for key, value in row.items()}
+    columns = {key: columns[key] for key in [*rows[0], *(key for key in columns if key not in rows[0])]}
+    for key, value in columns.items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row.get(key, "") for key in columns)
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ Rules that only stop gradients (CP-LRP: attention weights, gates and norms as co
 be written as `input x gradient` of a changed model, which torch.compile fuses. It is the fairest rival there is, and
 serves one model class and one rule. All run in turn in one process; relevance is compared first.
 
-    python benchmarks/cost_compiled.py [--threads 2] [--runs 15]
+    python benchmarks/cost_compiled.py [--threads 2] [--runs 15] [--only MLP]
     python benchmarks/cost_compiled.py --table          writes the table of docs/speed.md from the kept figures only
 """
 
@@ -100,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--only", default="", help="models whose name holds this; rows of others are kept as they were")
     parser.add_argument("--table", action="store_true", help="write the table from the last results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if not options.table:
-        measure(options.runs)
+        measure(options.runs, options.only)
     write_section(PAGE, BEGIN, END, table(kept("cost_compiled")["rows"]))
 
 
@@ -115,10 +116,13 @@ def table(rows: list[dict[str, object]]) -> str:
         f"| {row['difference']:.0e} |" for row in rows if row["case"] != BASELINE), ""])
 
 
-def measure(runs: int) -> None:
+def measure(runs: int, only: str) -> None:
     """Run all cases, and keep what was found."""
     rows: list[dict[str, object]] = []
     for name, make, more in (("LLaMA 8 x 512, 128 tokens", of_llama, 1), ("MLP 30-64-2, 1 row", of_mlp, 40)):
+        if only not in name:
+            rows += [row for row in kept("cost_compiled")["rows"] if row["model"] == name]
+            continue
         case, rules, by_hand = make()
         ours, eager, compiled = case.explanation(rules), by_hand(False), by_hand(True)
         (own,) = ours().values()  # type: ignore[attr-defined]

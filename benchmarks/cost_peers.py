@@ -1,4 +1,5 @@
-"""What lxt, zennit, captum and autoLRP cost beside dlbc: time and added peak memory over forward + input-gradient.
+"""What lxt, zennit, captum, autoLRP and dl-backtrace cost beside dlbc: time and added peak memory over forward +
+input-gradient.
 
 All run in turn in one process, on the same models, inputs, threads and element type (`_cases.py`), where the peers are:
 
@@ -6,18 +7,22 @@ All run in turn in one process, on the same models, inputs, threads and element 
     .venv-peers/bin/python benchmarks/cost_peers.py         measures, and writes the table of docs/peers.md
     python benchmarks/cost_peers.py --table                 writes the table from the kept figures only
 
-lxt patches the classes of a model family for good, so it gets a copy of the module that defines them.
+lxt patches the classes of a model family for good, so it gets a copy of the module that defines them. dl-backtrace
+changes torch for good (`_dlbacktrace.py`), so it has a process for each model, with a baseline of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
+import subprocess
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +32,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "runtime")]
 
+import _dlbacktrace as alone  # noqa: E402
 from _cases import BASELINE, Case, Run, llama, mlp, resnet18, vgg11  # noqa: E402
 from _measure import added_memory, interleaved, kept, peak_memory, ratios, report, write_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- cost: begin (python benchmarks/cost_peers.py --table) -->", "<!-- cost: end -->"
-PEERS = ("lxt", "zennit", "captum", "autolrp")
+PEERS = ("lxt", "zennit", "captum", "autolrp", "dl-backtrace")
+LIMIT = 600.0  # seconds for the times of one model beside dl-backtrace, and for the memory of one case
 
 
 def ours(case: Case, *presets: str) -> dict[str, Run]:
@@ -69,11 +76,17 @@ def rows_of_a_table() -> dict[str, Run]:
             "autoLRP composite": _autolrp(case)}
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], dict[str, Run]]] = {
     "LLaMA 8 x 512, 128 tokens": language_model,
     "ResNet-18, 4 pictures of 224 x 224": lambda: pictures(resnet18()),
     "VGG-11, 4 pictures of 224 x 224": lambda: pictures(vgg11()),
     "MLP 30-64-2, 1 row": rows_of_a_table,
+}
+ALONE: dict[str, tuple[Callable[[], dict[str, Run]], int]] = {  # and how many runs: one takes up to half a minute
+    "LLaMA 8 x 512, 8 tokens": (alone.prompt, 3),
+    "BERT-base, 1 text of 8 tokens": (alone.text, 1),
+    "ResNet-18, 1 picture of 224 x 224": (alone.picture, 3),
+    "MLP 30-64-2, 1 row, beside dl-backtrace": (alone.rows_of_a_table, 360),
 }
 
 
@@ -157,15 +170,78 @@ def _autolrp_text(case: Case) -> Run:
     return run
 
 
+def timed(name: str, runs: int) -> list[dict[str, object]]:
+    """The times of the cases of a model, in turn in this process."""
+    if name in ALONE:
+        made, runs = ALONE[name]
+        cases = made()
+        few = runs < 10
+        seconds = interleaved(cases, runs=runs, warmup=1 if few else 3,
+                              repeats={case: 9 for case in cases if few and case != "dl-backtrace"})
+    else:
+        seconds = interleaved(MODELS[name](), runs=40 * runs if "MLP" in name else runs)
+    return [{"model": name, "case": case, **found, "runs": len(seconds[case])}
+            for case, found in ratios(seconds, BASELINE).items()]
+
+
+def timed_alone(name: str, threads: int) -> list[dict[str, object]]:
+    """`timed`, in a process of its own; a row that says why where it does not end well."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--measure-time", name]
+    try:
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
+    except subprocess.TimeoutExpired:
+        return [{"model": name, "case": "dl-backtrace", "error": f"more than {LIMIT:.0f} s for {ALONE[name][1]} runs"}]
+    except subprocess.CalledProcessError as error:
+        return [{"model": name, "case": "dl-backtrace", "error": str(error.stderr).strip().splitlines()[-1]}]
+    found: list[dict[str, object]] = json.loads(out.strip().splitlines()[-1])
+    return found
+
+
+def with_memory(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
+    """The rows of a model with the memory of each case over the baseline's, where it was measured in time."""
+    memory: dict[str, float] = {}
+    for row in rows:
+        if "error" not in row:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                memory[row["case"]] = peak_memory(__file__, row["model"], row["case"], seconds=LIMIT)
+    return [{**row, "memory ratio": memory[row["case"]] / max(memory[BASELINE], 1.0)} if row["case"] in memory else row
+            for row in rows]
+
+
 def table(measured: Mapping[str, Any]) -> str:
     """The section between the markers."""
     lines = ["| model | | time ÷ (forward + gradient) | added memory ÷ the same |", "|---|---|---|---|"]
-    lines += [f"| {row['model']} | {row['case']} | {row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f}) | "
-              f"{row['memory ratio']:.2f} |" for row in measured["rows"] if row["case"] != BASELINE]
+    lines += [f"| {row['model']} | {_case(row)} | {_time(row)} | {_memory(row)} |"
+              for row in measured["rows"] if row["case"] != BASELINE]
     machine = measured["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return "\n".join([*lines, "", f"Measured on {machine['cpu']}, {machine['threads']} threads, torch "
                       f"{machine['torch']}, {versions}."]) + "\n"
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    runs = row.get("runs", 0)
+    return row["case"] + (f", {runs} run{'s' if runs > 1 else ''}" if 0 < runs < 5 else "")
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return f"does not run: {row['error']}"
+    digits = 2 if row["median"] < 100 else 0
+    spread = f" ({row['min']:.{digits}f} to {row['max']:.{digits}f})" if row.get("runs") != 1 else ""
+    return f"{row['median']:.{digits}f}{spread}"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    return f"{row['memory ratio']:.2f}" if "memory ratio" in row else "not measured"
+
+
+def _others(rows: list[dict[str, object]], only: str) -> list[dict[str, object]]:
+    """What is kept of the models that were not measured now, and what was, in the order of the models."""
+    new = {row["model"] for row in rows}
+    kept_rows = [row for row in kept("cost_peers")["rows"] if row["model"] not in new] if only else []
+    order = {name: number for number, name in enumerate([*MODELS, *ALONE])}
+    return sorted([row for row in kept_rows if row["model"] in order] + rows, key=lambda row: order[str(row["model"])])
 
 
 def main() -> None:
@@ -173,7 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name has TEXT; others stay")
     parser.add_argument("--table", action="store_true", help="write the table from the figures that were kept")
+    parser.add_argument("--measure-time", metavar="MODEL", help="print the rows of a model")
     parser.add_argument("--measure-memory", nargs=2, metavar=("MODEL", "CASE"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -188,17 +266,17 @@ def main() -> None:
                 importlib.import_module(name)
         if options.measure_memory:
             name, case = options.measure_memory
-            print(added_memory(MODELS[name]()[case]))
+            print(added_memory((ALONE[name][0] if name in ALONE else MODELS[name])()[case]))
+            return
+        if options.measure_time:
+            print(json.dumps(timed(options.measure_time, options.runs)))
             return
         rows: list[dict[str, object]] = []
-        for name, made in MODELS.items():
-            cases = made()
-            timed = ratios(interleaved(cases, runs=options.runs if "MLP" not in name else 40 * options.runs), BASELINE)
-            memory = {case: peak_memory(__file__, name, case) for case in timed}
-            rows += [{"model": name, "case": case, **found, "memory ratio": memory[case] / max(memory[BASELINE], 1.0)}
-                     for case, found in timed.items()]
+        for name in [name for name in (*MODELS, *ALONE) if options.only in name]:
+            found = timed_alone(name, options.threads) if name in ALONE else timed(name, options.runs)
+            rows += with_memory(found)
         versions = {name: importlib.metadata.version(name) for name in (*PEERS, "transformers")}
-        report("cost_peers", rows, packages=versions)
+        report("cost_peers", _others(rows, options.only), packages=versions)
     write_section(PAGE, BEGIN, END, table(kept("cost_peers")))
 
 

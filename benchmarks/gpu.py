@@ -13,6 +13,7 @@ import gc
 import importlib.metadata
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,9 +240,45 @@ def pictures(small: bool) -> list[Row]:
     return rows
 
 
+def tuned(small: bool) -> list[Row]:
+    """Tiles by measuring beside those of the estimate, for one explanation at 512 tokens: what they are worth, and how
+    long measuring takes."""
+    model = llama(small)
+    ids = torch.randint(0, model.config.vocab_size, (1, 512), device="cuda")  # type: ignore[union-attr]
+    plain = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False)
+    before = time.perf_counter()
+    measured_tiles = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False, tune=True)
+    seconds = time.perf_counter() - before
+    ways = {name: found.with_options(cuda_graphs=True) for name, found in
+            (("estimate", plain), ("measured", measured_tiles))}
+    runs: dict[str, Callable[[], object]] = {
+        name: (lambda found=found: dict(found(ids, target=7).relevance)) for name, found in ways.items()}
+    return [measured("llama-3.2-3b, tiles", runs, rules="dlb", tokens=512, compiling=round(seconds, 1),
+                     notes=list(measured_tiles.plan().notes))]
+
+
+def trials(small: bool) -> list[Row]:
+    """What `backend="auto"` chooses, and the largest difference that it saw."""
+    from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+
+    layers = 2 if small else 12
+    ids, x = torch.randint(0, 1000, (2, 128), device="cuda"), torch.randn(2, 3, 224, 224, device="cuda")
+    bert, resnet = BertForSequenceClassification(BertConfig(num_hidden_layers=layers)), ResNetForImageClassification(
+        ResNetConfig(num_labels=10))
+    rows: list[Row] = []
+    for name, model, given in (("llama-3.2-3b", llama(small), ids), ("bert-base", bert.cuda().eval(), ids),
+                               ("resnet-50", resnet.cuda().eval(), x)):
+        for rules in ("auto", "dlb"):
+            explainer = dlbc.compile(model, given, rules=rules, cache=False)
+            rows.append({"case": f"{name}, auto", "rules": rules, "backend": explainer.manifest.backend,
+                         "notes": list(explainer.plan().notes)})
+            print(rows[-1], flush=True)
+    return rows
+
+
 CASES: dict[str, Callable[[bool], list[Row]]] = {
-    "language": language, "experts": experts, "targets": many_targets, "long": long, "encoder": encoder,
-    "pictures": pictures, "lxt": lxt}
+    "trials": trials, "language": language, "tuned": tuned, "experts": experts, "targets": many_targets, "long": long,
+    "encoder": encoder, "pictures": pictures, "lxt": lxt}
 
 
 def facts() -> dict[str, object]:

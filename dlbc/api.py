@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlbc.compiler import compile_now
 from dlbc.errors import InputError
@@ -31,14 +31,16 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
             dump: str | os.PathLike[str] | None = None, reference: object = None,
             memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto",
-            target: str | None = None, precision: str = "ieee", cuda_graphs: bool = False) -> Explainer:
+            target: str | None = None, precision: str = "ieee", cuda_graphs: bool = False,
+            tune: bool = False) -> Explainer:
     """Compile a model into an explainer.
 
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
     `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds, from measured
     faithfulness (`docs/faithfulness.md`), and `explainer.rules()` says what and why.
     `backend`: "torch" (any torch device), "numpy" (needs no torch to run), "triton" (fused kernels for a GPU;
-    `docs/triton.md`), or "auto": torch.
+    `docs/triton.md`), or "auto": torch; for a model on an NVIDIA GPU Triton, where its kernels, tried once on the
+    example inputs, give what torch gives (`explainer.plan()` says what was seen).
     `target`: the architecture that Triton's kernels are written for: "sm_80", "sm_86", "sm_89" or "sm_90"; default:
     that of the GPU the model is on. `precision`: how they multiply float32 numbers: "ieee", "tf32x3" (as exact, nearly)
     or "tf32" (10 bits).
@@ -55,6 +57,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     again (`docs/memory.md`).
     `cuda_graphs`: for shapes that come again, have an NVIDIA GPU run each pass as one graph, instead of launching its
     kernels one by one. Up to four shapes keep the memory of their passes (`docs/triton.md`).
+    `tune`: measure on the GPU which tiles of products are fastest for inputs of these sizes, once: what was measured is
+    kept for later compiles, and is used by them without it (`docs/triton.md`). It takes minutes for a large model.
     `precompute`: which parts of weights that rules need, such as |W|, are kept from call to call (as much memory as the
     weights they are made of, `explainer.memory().between`): "auto", those of layers with one row for each row of a
     batch, such as a classifier's; "never"; "always".
@@ -72,20 +76,38 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
     if precision not in ("ieee", "tf32x3", "tf32"):
         raise InputError(f"precision={precision!r}", hint='"ieee", "tf32x3" or "tf32"')
-    chosen, architecture = choose(model, backend, target)
-    options = Options(rules, chosen, dynamic, explained, fallback, dump_to,
-                      None if reference is None else Reference.of(reference), precompute, architecture, precision)
+    choice = choose(model, backend, target)
+    options = Options(rules, choice.backend, dynamic, explained, fallback, dump_to,
+                      None if reference is None else Reference.of(reference), precompute, choice.target, precision)
     default = Variant(keep=keep, output=output, checkpoint=checkpoint)
     budget = None if memory_budget is None else as_bytes(memory_budget)
     if cuda_graphs:
-        require(chosen, dict(model.named_parameters()), budget)
-    if cache and not dump_to:
+        require(choice.backend, dict(model.named_parameters()), budget)
+
+    if tune:
+        from dlbc.tuning import require as require_kernels
+
+        require_kernels(backend, choice, model)
+
+    def make(options: Options) -> Explainer:
+        if not cache or dump_to:
+            return compile_now(model, args, kwargs, options, default)
         from dlbc.cache import cached
 
-        explainer = cached(model, args, kwargs, options, default, verify=verify)
+        return cached(model, args, kwargs, options, default, verify=verify)
+
+    if choice.trial:
+        from dlbc.trial import Trial
+
+        explainer = Trial(model, args, kwargs, options, default, make, cache and not dump_to, budget).explainer()
     else:
-        explainer = compile_now(model, args, kwargs, options, default)
+        explainer = make(options)
+        explainer._recipe.pop("notes", None)
+        if choice.why:
+            explainer._recipe["notes"] = [choice.why]
     explainer.check(*args, **kwargs)
+    if explainer.manifest.backend == "triton":
+        explainer = _with_measured_tiles(explainer, model, args, kwargs, measure=tune, cache=cache, budget=budget)
     if budget is None and not cuda_graphs:
         return explainer
     return explainer.with_options(memory_budget=budget, cuda_graphs=cuda_graphs)
@@ -101,7 +123,20 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module | None = None, *, 
     """
     from dlbc.artifact import load_artifact
 
-    return load_artifact(Path(path), model, trust=trust)
+    explainer = load_artifact(Path(path), model, trust=trust)
+    return explainer if model is None or explainer.manifest.backend != "triton" else _with_measured_tiles(
+        explainer, model)
+
+
+def _with_measured_tiles(explainer: Explainer, model: torch.nn.Module, args: tuple[Any, ...] = (),
+                         kwargs: Mapping[str, Any] | None = None, *, measure: bool = False, cache: bool = True,
+                         budget: int | None = None) -> Explainer:
+    """An explainer with kernels and the tiles that were measured for them, before or now."""
+    from dlbc.tuning import tune, tuned
+
+    if measure:
+        return tune(explainer, model, args, kwargs or {}, keep=cache, budget=budget)
+    return tuned(explainer, model) if cache else explainer
 
 
 def check_model(model: object) -> None:

@@ -44,6 +44,8 @@ from dlbc_runtime.signature import Container, TensorSpec, Tree, dtype_name
 log = logging.getLogger(__name__)
 
 SUFFIX = ".dlbc"
+NOTE = ".note.json"
+"""What else is kept here (`dlbc/notes.py`)."""
 TOLERANCE = {"f16": 3e-2, "bf16": 1e-1}
 """How far the compiled forward may be from the model's, of its largest output, by the model's element type."""
 
@@ -136,9 +138,10 @@ def entries() -> tuple[Entry, ...]:
 
 
 def clear() -> int:
-    """Remove every entry, also damaged and half-written ones; how many files there were. OSError if one stays."""
+    """Remove every entry, also damaged and half-written ones, and all notes; how many entries there were. OSError if
+    one stays."""
     paths = [*folder().glob(f"*{SUFFIX}"), *folder().glob(f".*{SUFFIX}.*")]
-    for path in paths:
+    for path in (*paths, *folder().glob(f"*{NOTE}"), *folder().glob(f".*{NOTE}.*")):
         path.unlink(missing_ok=True)
     return len(paths)
 

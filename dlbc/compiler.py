@@ -42,6 +42,8 @@ from dlbc.passes.lower import Lower
 from dlbc.passes.outline import Outline
 from dlbc.passes.pair import Pair
 from dlbc.passes.pipeline import CANONICALISE
+from dlbc.passes.read_rectified import ReadRectified
+from dlbc.passes.recompute import Recompute
 from dlbc.passes.record_experts import RecordExperts, mixtures_of
 from dlbc.passes.simplify import Simplify
 from dlbc.passes.sink_positions import SinkPositions, sequence_output
@@ -169,11 +171,12 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
 def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tuple[Pass, ...]:
     """The passes from level 2 to level 3. `checkpoint`: less is kept of the forward pass, and more computed again."""
     hoisted = HoistConstants(relevance=options.precompute != "never", few=options.precompute == "auto")
-    return (Lower(ledger=ledger), Defer(), EliminateCommon(), Simplify(), EliminateCommon(),
+    return (Lower(ledger=ledger), Defer(), EliminateCommon(), ReadRectified(), Simplify(), EliminateCommon(),
             GroupExperts(whole_weights=options.precompute == "always"), EliminateCommon(), hoisted,
             EliminateDead(), StreamAttention(),
             *(() if options.backend == "triton" else (GuardDenominators(),)),  # kernels guard in registers
-            *((Checkpoint(),) if checkpoint else ()), Outline())
+            *((Checkpoint(),) if checkpoint else ()),
+            *(() if options.backend == "triton" else (Recompute(),)), Outline())
 
 
 def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: str) -> Manifest:

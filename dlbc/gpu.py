@@ -5,9 +5,11 @@ Nothing here changes the GPU's state, and a machine without one imports neither 
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlbc.backends.triton.config import DEVICES, device
@@ -16,59 +18,108 @@ from dlbc.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
 _CPU = 'backend="torch" runs on anything torch runs on'
 
-AUTOMATIC = False
-"""Whether "auto" is Triton for a model on a GPU. Its kernels have been interpreted and compiled, and none has run on a
-GPU yet: that decides (`make gpu-test`)."""
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and the architecture it writes kernels for ("" where it writes none).
+
+    `trial`: nobody asked for kernels, so they are tried first (`dlbc/trial.py`). `why`: why "auto" chose torch for a
+    model that might have had kernels.
+    """
+
+    backend: str
+    target: str = ""
+    trial: bool = False
+    why: str = ""
 
 
-def choose(model: torch.nn.Module, backend: str, target: str | None) -> tuple[str, str]:
-    """The backend that is meant, and the architecture it writes kernels for ("" where it writes none).
+def choose(model: torch.nn.Module, backend: str, target: str | None) -> Choice:
+    """The backend that is meant.
 
-    "auto" is torch; and, once `AUTOMATIC`, Triton for a model on a GPU that kernels can be written for.
-    InputError where Triton is asked for and cannot be, or where a target has no meaning.
+    "auto" is Triton, on trial, for a model on a GPU that kernels can be written for; else torch. InputError where
+    Triton is asked for and cannot be, or where a target has no meaning.
     """
     if backend not in ("auto", "triton"):
         if target is not None:
             raise InputError(f"backend={backend!r} has no target", where="target",
                              hint='leave it out, or say backend="triton"')
-        return backend, ""
+        return Choice(backend)
     if target is not None:
-        return "triton", device(target).name
-    where = _device_of(model)
+        return Choice("triton", device(target).name)
+    devices = devices_of(model)
     if backend == "auto":
-        if where.type != "cuda" or not AUTOMATIC:
-            return "torch", ""
-        found = _supported(where)
-        if find_spec("triton") is None or not found:
-            log.info("no kernels are written for %s: torch runs everything", where)
-            return "torch", ""
-        return "triton", found
+        return _automatic(devices)
+    where = next(iter(devices), None)
     if find_spec("triton") is None:
         raise InputError("backend=\"triton\", and Triton is not installed", where="backend",
                          hint=f"pip install triton; or {_CPU}")
-    if where.type == "cuda":
-        found = _supported(where)
+    if where is not None and where.type == "cuda":
+        found = supported(where)
         if not found:
             raise InputError(f"kernels cannot be written for {_name(where)}", where="backend",
                              hint=f"they can for {', '.join(DEVICES)}; {_CPU}")
-        return "triton", found
+        return Choice("triton", found)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "triton", "sm_90"
+        return Choice("triton", "sm_90")
     raise InputError("backend=\"triton\", and the model is not on a GPU", where="target",
                      hint='move the model to one, or name the architecture to compile for: target="sm_90"')
 
 
-def _device_of(model: torch.nn.Module) -> torch.device:
+def _automatic(devices: Collection[torch.device]) -> Choice:
+    """What "auto" is for a model on these devices."""
+    kinds = {where.type for where in devices}
+    if "meta" in kinds:
+        return Choice("torch", why="the model is on the meta device, where kernels cannot be tried: torch runs it")
+    if "cuda" not in kinds:
+        return Choice("torch")
+    if len(devices) > 1:
+        named = ", ".join(sorted(map(str, devices)))
+        return Choice("torch", why=f"the model is on {named}, and kernels need it on one GPU: torch runs it")
+    (where,) = devices
+    if find_spec("triton") is None:
+        return Choice("torch", why="there are no kernels: Triton is not installed")
+    found = supported(where)
+    return Choice("triton", found, trial=True) if found else Choice(
+        "torch", why=f"no kernels are written for {_name(where)}: torch runs it")
+
+
+def devices_of(model: torch.nn.Module) -> list[torch.device]:
+    """Where a model's tensors are, each device once; single numbers may be anywhere."""
+    return list({x.device: None for x in (*model.parameters(), *model.buffers()) if x.dim()})
+
+
+def facts(where: torch.device) -> dict[str, str]:
+    """What a kernel's numbers may depend on besides its text: the GPU, the driver and Triton's version ("": none)."""
     import torch
 
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+    try:
+        import triton
+    except ImportError:
+        version = ""
+    else:
+        version = str(triton.__version__)
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        driver = ""
+    level = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")()
+    return {"gpu": _name(where), "driver": f"{driver} {level}".strip(), "triton": version}
 
 
-def _supported(where: torch.device) -> str:
+def usable(where: torch.device) -> bool:
+    """Whether the GPU still does what this process asks: after an illegal access of memory it never does again."""
+    import torch
+
+    try:
+        torch.cuda.synchronize(where)
+    except RuntimeError:
+        return False
+    return True
+
+
+def supported(where: torch.device) -> str:
     """The architecture whose kernels run on a GPU: its own, or the last one before it that is known; "" for none."""
     import torch
 

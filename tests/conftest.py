@@ -36,11 +36,23 @@ def _cache_of_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DLBC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def unpacked_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models that come as GGUF are unpacked: once for a session, since one takes 20 seconds."""
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.fixture(autouse=True)
-def cache_dir(_cache_of_session: None) -> Iterator[Path]:
-    """The compile cache of this test (DLBC_CACHE_DIR): empty, and not there until something writes it."""
+def cache_dir(_cache_of_session: None, unpacked_models: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The compile cache of this test (DLBC_CACHE_DIR): empty, and not there until something writes it.
+
+    A test marked `real` finds the models in it that were unpacked for others.
+    """
     session = os.environ["DLBC_CACHE_DIR"]
     fresh = Path(session) / f"test-{next(_numbers)}"
+    if request.node.get_closest_marker("real"):
+        fresh.mkdir()
+        (fresh / "models").symlink_to(unpacked_models, target_is_directory=True)
     os.environ["DLBC_CACHE_DIR"] = str(fresh)
     yield fresh
     os.environ["DLBC_CACHE_DIR"] = session
@@ -53,12 +65,16 @@ def _model(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one model run together, since exporting it is the dear part; `gpu` tests need a CUDA device."""
+    """Tests of one model run together, since exporting it is the dear part, and so do those of trained models, since
+    unpacking them is; `gpu` tests need a CUDA device."""
     models = [item for item in items if item.path.name in ("test_models.py", "test_model_laws.py")]
     order = {name: number for number, name in enumerate(dict.fromkeys(map(_model, models)))}
     items[:] = sorted(models, key=lambda item: order[_model(item)]) + [i for i in items if i not in set(models)]
     for item in models:
         item.add_marker(pytest.mark.xdist_group(_model(item)))
+    for item in items[len(models):]:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.xdist_group("real"))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

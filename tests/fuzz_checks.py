@@ -96,7 +96,7 @@ CHANGING = frozenset({"sink_positions", "sink_targets", "contrast", "record_expe
 
 
 TIGHT: dict[str, dict[str, Any]] = {
-    "outline": {"least": 1}, "checkpoint": {"every": 2}, "stream_attention": {"budget": 1}}
+    "outline": {"least": 1}, "checkpoint": {"every": 2}, "stream_attention": {"budget": 1}, "recompute": {"least": 1}}
 """Options with which passes for large models find something to do in small ones."""
 
 

@@ -161,6 +161,18 @@ def test_out_of_memory_says_what_to_lower(explainer: dlbc.Explainer, monkeypatch
         explainer(X)
 
 
+def test_an_illegal_access_of_memory_is_no_lack_of_it(explainer: dlbc.Explainer, monkeypatch: pytest.MonkeyPatch
+                                                      ) -> None:
+    loaded = explainer._load(explainer.default)
+
+    def break_in(*_: object) -> object:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loaded.module, "forward", break_in)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        explainer(X)
+
+
 def test_what_is_no_model_and_what_is_no_input() -> None:
     with pytest.raises(InputError, match=r"not a torch\.nn\.Module"):
         dlbc.compile("gpt2", X)

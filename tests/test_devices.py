@@ -47,11 +47,28 @@ def test_cuda_equals_cpu(name: str, rules: str, backend: str) -> None:
         assert difference <= 1e-4, (key, difference)
 
 
-def test_auto_can_write_kernels_for_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlbc.gpu.AUTOMATIC", True)
+def test_auto_tries_kernels_and_keeps_them() -> None:
+    """Twice: the second time from the cache."""
     case = zoo.CASES["mlp"]()
-    explainer = dlbc.compile(case.model.cuda(), tuple(x.cuda() for x in case.args), cache=False)
-    assert explainer.manifest.backend == "triton" and explainer.plan().target.startswith("sm_")
+    for _ in range(2):
+        explainer = dlbc.compile(case.model.cuda(), tuple(x.cuda() for x in case.args))
+        assert explainer.manifest.backend == "triton" and explainer.plan().target.startswith("sm_")
+        assert "kernels were tried on the example inputs" in str(explainer.plan())
+
+
+def test_measured_tiles_change_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are measured once."""
+    case = zoo.CASES["bert"]()
+    args, kwargs = tree_map(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, (case.args, case.kwargs))
+    given = args if args else kwargs
+    model = case.model.cuda()
+    plain = dlbc.compile(model, given, rules="dlb", backend="triton")(*args, **kwargs)
+    tuned = dlbc.compile(model, given, rules="dlb", backend="triton", tune=True)
+    assert "were measured on" in str(tuned.plan())
+    monkeypatch.setattr("dlbc.tuning.Measuring.fastest", None)
+    for explainer in (tuned, dlbc.compile(model, given, rules="dlb", backend="triton", tune=True)):
+        for key, value in explainer(*args, **kwargs).relevance.items():
+            np.testing.assert_allclose(value, plain.relevance[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

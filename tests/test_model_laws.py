@@ -28,9 +28,8 @@ LEDGER = ["mlp", "convolutions", "unused_input", *IMAGES, "bert", "xlnet", "gpt2
           "two_outputs_dict", *zoo.MIXTURES]
 
 
-@functools.lru_cache(maxsize=8)
 def explainer_of(name: str, rules: str, backend: str = "torch") -> Explainer:
-    return compiled(name).explainer(rules, backend)
+    return compiled(name).shared(rules, backend)
 
 
 def padded(ids: torch.Tensor, left: int, right: int, token: int) -> dict[str, torch.Tensor]:

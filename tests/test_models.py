@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,14 @@ class Compiled:
     case: zoo.Case
     source: Source
     weights: Mapping[str, torch.Tensor]
+    made: dict[tuple[object, ...], Explainer] = field(default_factory=dict)
+
+    def shared(self, rules: str, backend: str = "torch", **variant: Any) -> Explainer:
+        """`explainer`, compiled once for all tests of this model."""
+        key = (rules, backend, *sorted(variant.items()))
+        if key not in self.made:
+            self.made[key] = self.explainer(rules, backend, **variant)
+        return self.made[key]
 
     def explainer(self, rules: str | Composite, backend: str = "torch", **variant: Any) -> Explainer:
         options = Options(rules=rules, backend=backend)
@@ -174,7 +182,7 @@ def has_explainable_output(explainer: Explainer) -> bool:
 def test_forward_equals_eager(name: str) -> None:
     """At the example shape, at other batch sizes and lengths, with padding on either side."""
     built = compiled(name)
-    explainers = [built.explainer("input-x-gradient", backend, all_positions=True) for backend in backends(name)]
+    explainers = [built.shared("input-x-gradient", backend, all_positions=True) for backend in backends(name)]
     for args, kwargs in [(built.case.args, built.case.kwargs), *built.case.other]:
         with torch.no_grad():
             wanted = [output.detach() for output in eager_outputs(built.case, args, kwargs)]
@@ -231,7 +239,7 @@ def check_against_oracle(built: Compiled, rules: str) -> None:
     wanted: dict[str, np.ndarray] | None = None
     dense = built.explainer(rules, dense=True)
     for backend in backends(name):
-        explainer = built.explainer(rules, backend)
+        explainer = built.shared(rules, backend)
         if not has_explainable_output(explainer):
             explanation, seeds = explained_by_largest(explainer, built)
         else:
@@ -270,7 +278,7 @@ def explained_by_largest(explainer: Explainer, built: Compiled) -> tuple[Explana
 @pytest.mark.parametrize("name", ["logsumexp", *(n for n in EXPLAINED if n not in DETACHED | TORCH_ONLY)])
 def test_input_x_gradient_equals_autograd(name: str) -> None:
     built = compiled(name)
-    explainer = built.explainer("input-x-gradient", all_positions=True)
+    explainer = built.shared("input-x-gradient", all_positions=True)
     if explainer.manifest.before:
         pytest.skip("the output's softmax is skipped on purpose: what is explained is not the model's output")
     args, kwargs = built.case.args, built.case.kwargs

@@ -16,7 +16,7 @@ from torch import nn
 
 import dlbc
 from dlbc.errors import InputError
-from dlbc.gpu import choose
+from dlbc.gpu import Choice, choose
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -68,13 +68,21 @@ def test_what_cannot_be_compiled_is_said(options: dict[str, str], said: str) -> 
 
 
 class _OnGpu(nn.Module):
-    """A model whose only tensor says it is on a GPU."""
+    """A model whose tensors say where they are; those on a CPU are single numbers."""
+
+    def __init__(self, *devices: str) -> None:
+        super().__init__()
+        self.devices = devices or ("cuda:0", "cpu")
 
     def parameters(self, recurse: bool = True) -> object:  # type: ignore[override]
         class Tensor:
-            device = torch.device("cuda", 0)
+            def __init__(self, device: str) -> None:
+                self.device = torch.device(device)
 
-        return iter([Tensor()])
+            def dim(self) -> int:
+                return int(self.device.type != "cpu")
+
+        return map(Tensor, self.devices)
 
     def buffers(self, recurse: bool = True) -> object:  # type: ignore[override]
         return iter([])
@@ -84,20 +92,29 @@ class _OnGpu(nn.Module):
                                                     ((12, 0), "sm_90"), ((7, 5), "")])
 def test_auto_is_triton_on_a_gpu_it_knows(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int],
                                           chosen: str) -> None:
+    """And then on trial: test_trial.py."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    assert choose(_OnGpu(), "auto", None) == ("torch", "")  # until kernels have been seen to run
-    monkeypatch.setattr("dlbc.gpu.AUTOMATIC", True)
-    assert choose(_OnGpu(), "auto", None) == (("triton", chosen) if chosen else ("torch", ""))
-    if not chosen:
-        with pytest.raises(InputError, match=r"cannot be written for Old GPU \(sm_75\)"):
-            choose(_OnGpu(), "triton", None)
+    if chosen:
+        assert choose(_OnGpu(), "auto", None) == Choice("triton", chosen, trial=True)
+        assert choose(_OnGpu(), "triton", None) == Choice("triton", chosen)
+        return
+    assert choose(_OnGpu(), "auto", None) == Choice(
+        "torch", why="no kernels are written for Old GPU (sm_75): torch runs it")
+    with pytest.raises(InputError, match=r"cannot be written for Old GPU \(sm_75\)"):
+        choose(_OnGpu(), "triton", None)
+
+
+def test_auto_is_torch_for_a_model_in_several_places() -> None:
+    assert choose(_OnGpu("cuda:1", "cuda:0"), "auto", None) == Choice(
+        "torch", why="the model is on cuda:0, cuda:1, and kernels need it on one GPU: torch runs it")
+    assert choose(_OnGpu("cuda:1", "meta"), "auto", None).backend == "torch"
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlbc.gpu.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose(_OnGpu(), "auto", None) == ("torch", "")
+    assert choose(_OnGpu(), "auto", None) == Choice("torch", why="there are no kernels: Triton is not installed")
     with pytest.raises(InputError, match="Triton is not installed"):
         choose(MODEL, "triton", None)
 

@@ -21,12 +21,15 @@ from torch import nn
 
 import dlbc
 import dlbc_runtime
-from dlbc.backends.triton.record import recorded
+from dlbc.backends.triton.emit import emit
+from dlbc.backends.triton.record import kernels_of, recorded
 from dlbc.errors import ArtifactError, InputError
+from dlbc.ir.printer import print_graph
 from dlbc_runtime import triton_store
 from dlbc_runtime.artifact import MANIFEST, read
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Program
+from tests.test_triton_grouped import fused, layer
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="nothing is compiled")
@@ -110,6 +113,17 @@ def test_what_a_gpu_asks_for_is_stored(saved: Path, loader: str) -> None:
     for rows, steps, seeds in ((1, 1, 1), (2, 37, 5), (1, 128, 1), (32, 512, 3), (1, 7, 64)):
         gpu.ready(program(explainer), **sizes_of(explainer, rows=rows, steps=steps, seeds=seeds))
     assert not gpu.compiled and {name.split("_")[0] for name in gpu.found} >= {"gemm", "elementwise"}
+
+
+def test_kernels_of_experts_are_stored() -> None:
+    """For any number of rows and targets. How rows are routed is no part of a kernel."""
+    graph = fused(layer(2, 16, 16, "f16", part="abs"))
+    experts = replace(program(compiled()), source=emit(graph), ir={"fused": print_graph(graph)})
+    assert triton_store.install(kernels_of([experts], ["sm_90"]), {"sm_90"}) > 10
+    gpu = Gpu(90)
+    for rows, seeds in ((1, 1), (2, 1), (37, 5), (256, 1), (2000, 3), (6, 64)):
+        gpu.ready(experts, N=rows, S=seeds)
+    assert not gpu.compiled and {name.split("_")[0] for name in gpu.found} == {"grouped", "elementwise"}
 
 
 def test_without_trust_no_machine_code_is_taken(saved: Path) -> None:

@@ -229,6 +229,16 @@ def test_kernels_of_models(target: str, widths: tuple[int, int, int], dtype: str
 
 
 @needs_compiler
+def test_an_amd_gpu_is_compiled_for() -> None:
+    """The first tile of each kernel."""
+    pytest.importorskip("triton")
+    where = device("gfx942")
+    found = {one.kernel.__name__: one for one in launches(fused(layer(4, 64, 96, "f16"), "gfx942"), {"N": 64, "S": 2})}
+    facts = [compiled(one, where.kind, where.arch, where.warp) for one in found.values()]
+    assert len(facts) == 4 and all(each.tensor_cores and each.shared <= where.shared for each in facts)
+
+
+@needs_compiler
 def test_other_routings_and_sizes_run_the_same_kernels() -> None:
     """Rows and targets change without compiling anew; what experts have is read on the GPU."""
     from dlbc_runtime.triton_compile import key

@@ -328,6 +328,15 @@ def _sunk(op: Op) -> Dim:
     return rows * (2 * width)
 
 
+def _unpooled(op: Op) -> Dim:
+    """Shares and counts, of the sizes of what arrives and of what was pooled; where windows overlap the places that
+    windows read, and sums there, else the winners, unless the result is written over them."""
+    small = _operand(op, 0) + _operand(op, 2)
+    if op.attrs["kernel"] != op.attrs["stride"]:
+        return small + _operand(op, 1) + _results(op, 1)
+    return small + _operand(op, 1) * minimum(op.result.type.shape[0] - 1, 1)
+
+
 def _attended(op: Op) -> Dim:
     """Scores beside their softmax, and the mask as numbers."""
     return _results(op, 1) + _operand(op, 2, 4)
@@ -340,9 +349,9 @@ _INSIDE: Mapping[str, Callable[[Op], Dim]] = {
     "attention_weights": _attended,
     "safe_div": lambda op: _operand(op, 1),
     "damp": lambda op: _operand(op, 1),
-    "where": lambda op: _elements(op, 4),
+    "where": lambda op: _elements(op, 4) if all(isinstance(o, Value | Weight) for o in op.operands[1:]) else 0,
     "max_pool": lambda op: _elements(op, 8),
-    "max_pool_adjoint": lambda op: _operand(op, 1, 2),
+    "max_pool_adjoint": _unpooled,
     "row_statistics": lambda op: _operand(op, 0),
     "var": lambda op: _operand(op, 0),
     "conv2d": lambda op: _operand(op, 0) + _results(op, 1),

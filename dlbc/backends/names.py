@@ -21,6 +21,10 @@ RESERVED = frozenset({*keyword.kwlist, "max", "min", "slice", "range", "tuple", 
 """Names that generated code gives another meaning to."""
 
 
+NUMBER = "f32_"
+"""How names of a module's constants begin, and no others."""
+
+
 class Names:
     """Identifiers of one Python scope: `%M.h` is `M_h`, made unique where two names would meet."""
 
@@ -32,7 +36,8 @@ class Names:
         """The identifier of an IR name, the same at every use."""
         if name not in self._names:
             stem = re.sub(r"[^0-9A-Za-z_]", "_", name.removeprefix("@"))
-            stem = stem if stem and not stem[0].isdigit() and stem.strip("_") else f"v{stem}"
+            plain = stem.strip("_") and not stem[0].isdigit() and not stem.startswith(NUMBER)
+            stem = stem if plain else f"v{stem}"
             chosen, number = stem, 0
             while chosen in self._taken:
                 number += 1

@@ -62,7 +62,7 @@ def emit_module(graph: Graph, dialect: Dialect) -> str:
     return environment.get_template("module.py.jinja").render(
         title=f"The explainer of `{graph.name}`", backend=dialect.name, imports=dialect.imports,
         kernels=list(module.kernels),
-        constants=_constants(graph), functions=[*module.functions.values(), *functions],
+        constants=_constants(graph) | module.numbers, functions=[*module.functions.values(), *functions],
         decorators=dialect.decorators)
 
 
@@ -84,6 +84,7 @@ class _Module:
     def __init__(self, graph: Graph, dialect: Dialect) -> None:
         self.graph, self.dialect = graph, dialect
         self.functions: dict[str, PythonFunction] = {}
+        self.numbers: dict[str, str] = {}
         self.kernels: dict[str, None] = {}  # functions that kernels are written as, each once
         self.definitions = {name: op for _, section in graph.sections() for name, op in section.definitions().items()}
         sizes = {*graph.dims, *_all_sizes(graph), *dialect.reserved}
@@ -99,7 +100,8 @@ class _Module:
               definitions: Mapping[str, Op] | None = None, made: frozenset[str] | None = None) -> Scope:
         """A function to be written; `definitions`, and what kernels have made, are those of the graph unless given."""
         known = self.definitions if definitions is None else definitions
-        return Scope(self.graph, self.dialect, names, parameters, known, made=self.made if made is None else made)
+        return Scope(self.graph, self.dialect, names, parameters, known, made=self.made if made is None else made,
+                     numbers=self.numbers)
 
     def prepare(self) -> PythonFunction:
         """`prepare(w)`: what depends on the weights alone."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from dlbc.backends.names import Names, grouped, literal
+from dlbc.backends.names import NUMBER, Names, grouped, literal
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir import ops
 from dlbc.ir.core import Attr, Graph, Kernel, Op, Operand, Type, Value, Weight, values
@@ -19,6 +20,9 @@ Expression: TypeAlias = "str | Callable[[Site], str]"
 `{a:b}` as a bool, `{a:l}` as int64; `{eps}`: an attribute; `{args}`: all operands; `{dtype}`: the
 result's element type.
 """
+
+COMBINED = frozenset({"add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"})
+"""Ops of two tensors, one of which may be a number."""
 
 KernelWriter: TypeAlias = "Callable[[Kernel, Scope], tuple[str, tuple[str, ...]] | None]"
 """Writes a kernel: a function of the module as text, and the lines that call it; None: op by op, after all."""
@@ -42,6 +46,9 @@ class Dialect:
     """Names of the module that no variable may have."""
     kernel: KernelWriter | None = None
     """How whole kernels are written; None: op by op."""
+    number: str = ""
+    """How a float32 number that tensors are combined with is written, as a constant of the module; "": where it is
+    used. Torch makes a tensor of a plain number and converts it, at each use: longer than a small op takes."""
 
     def dtype(self, dtype: str, where: str = "") -> str:
         """The library's name of an element type. UnsupportedOpError where it has none."""
@@ -67,6 +74,8 @@ class Scope:
     weights: bool = False
     made: frozenset[str] = frozenset()
     """The values that kernels compute: they lie in memory without gaps."""
+    numbers: dict[str, str] = field(default_factory=dict)
+    """The module's constants by name."""
 
     def operand(self, operand: Operand) -> str:
         """The text of anything an op reads."""
@@ -79,6 +88,12 @@ class Scope:
                 self.weights = True
                 return f"w[{literal(name)}]"
         return self.text(operand)
+
+    def number(self, value: float) -> str:
+        """The name of the constant that holds a number, which is made at its first use."""
+        name = NUMBER + re.sub(r"[^0-9a-z]", "_", repr(value).replace("-", "m"))
+        self.numbers[name] = self.dialect.number.format(literal(value))
+        return name
 
     def text(self, value: Attr) -> str:
         """The text of an attribute, its sizes noted as needed."""
@@ -130,7 +145,16 @@ class Site:
 
     def x(self, position: int) -> str:
         """The text of an operand, `None` where it is left out."""
+        operand = self.op.operands[position] if self.has(position) else None
+        if self.dialect.number and self.op.name in COMBINED and type(operand) in (int, float) and self._of_f32():
+            assert isinstance(operand, int | float)
+            return self.scope.number(float(operand))
         return self.scope.operand(self.op.operands[position]) if self.has(position) else "None"
+
+    def _of_f32(self) -> bool:
+        """Whether an op combines numbers with a float32 tensor that has axes."""
+        types = [operand.type for operand in self.op.operands if isinstance(operand, Value | Weight)]
+        return bool(types) and all(each.dtype == "f32" and each.rank for each in types)
 
     def typed(self, position: int, dtype: str = "") -> str:
         """An operand in an element type, the result's unless stated; literals and None as they are."""

@@ -22,6 +22,10 @@ from dlbc.ir.syntax import CONSTANTS
 SEEDS = symbol("S")
 RESERVED = ("max", "min", *CONSTANTS)
 """Words that the text of sizes and literals uses."""
+_SOUND: dict[int, Op] = {}
+"""Ops whose result types were found right, by identity: ops do not change, and passes hand most of them on. They are
+kept alive here, so that no other op gets their number, and forgotten together when there are `_MANY`."""
+_MANY = 20_000
 _BOOKKEEPING = ("rel.sum", "rel.to_relevance", "rel.to_multiplier")
 
 
@@ -242,8 +246,13 @@ class _Verifier:
             self.type(result.type, scope.name, op)
         if op.name.startswith("rel."):
             self.relevance_op(op, scope)
-        else:
-            self.computed(op, self.call(op, scope) if "function" in op.attrs else self.inferred(op, scope), scope)
+        elif "function" in op.attrs:
+            self.computed(op, self.call(op, scope), scope)
+        elif id(op) not in _SOUND:
+            self.computed(op, self.inferred(op, scope), scope)
+            if len(_SOUND) >= _MANY:
+                _SOUND.clear()
+            _SOUND[id(op)] = op
         for result in op.results:
             self.define(result, scope, op)
 

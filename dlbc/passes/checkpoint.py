@@ -8,7 +8,7 @@ reads first, is kept as it is. The ops are the same on the same numbers: so are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -49,22 +49,26 @@ class Checkpoint(Pass):
             return graph
         ops = list(graph.forward.ops)
         read = _read(graph)
-        sizes = _Sizes(graph, self.length)
+        sizes = Sizes(graph, self.length)
         cuts = list(range(self.every - 1, len(ops) - 1, self.every)) if self.every else _cuts(ops, read, sizes)
         if not cuts:
             return graph
-        again = _Again(ops, _kept(ops, cuts, graph.forward), cuts[-1], names(graph))
+        again = Again(ops, _kept(ops, cuts, graph.forward), cuts[-1], names(graph))
         return with_saves(replace(graph, relevance=replace(relevance, body=tuple(again.body(relevance.ops)))))
 
 
 @dataclass
-class _Again:
-    """The forward ops that are written again into the relevance section."""
+class Again:
+    """The forward ops that are written again into the relevance section: all up to `last` but what is `kept`.
+
+    `near`: at the place of the op that reads them first, not at their own.
+    """
 
     ops: list[Op]
-    kept: set[str]
+    kept: Collection[str]
     last: int
     taken: set[str]
+    near: bool = False
 
     def __post_init__(self) -> None:
         # Values of the last block stay, whoever reads them.
@@ -75,7 +79,8 @@ class _Again:
         """Relevance, with what it reads computed before its first use."""
         for op in ops:
             for value in values(op.inputs):
-                yield from self.computed(value.name)
+                for again in self.computed(value.name):
+                    yield replace(again, place=op.place) if self.near else again
             yield replace(substitute_op(replace(op, of=""), self.replaced), of=op.of)
 
     def computed(self, name: str) -> Iterator[Op]:
@@ -103,12 +108,12 @@ class _Again:
         return found
 
 
-class _Sizes:
-    """Bytes of values at sizes that stand for all."""
+class Sizes:
+    """Bytes of values at sizes that stand for all: `length`, and 1 for those that are `few`."""
 
-    def __init__(self, graph: Graph, length: int) -> None:
+    def __init__(self, graph: Graph, length: int, few: Collection[str] = _FEW) -> None:
         self.length, self.known = length, {
-            name: min(max(1 if name in _FEW else length, low), high) for name, (low, high) in graph.dims.items()}
+            name: min(max(1 if name in few else length, low), high) for name, (low, high) in graph.dims.items()}
 
     def __call__(self, value: Value) -> int:
         """The bytes of a value."""
@@ -125,7 +130,7 @@ def _read(graph: Graph) -> set[str]:
     return {v.name for op in graph.relevance.ops for v in values(op.inputs) if v.name in own}
 
 
-def _cuts(ops: list[Op], read: set[str], sizes: _Sizes) -> list[int]:
+def _cuts(ops: list[Op], read: set[str], sizes: Sizes) -> list[int]:
     """The ops after which to cut: with what is kept there, and the largest block, as small as can be."""
     import numpy as np  # here: dlbc-opt starts without it
 

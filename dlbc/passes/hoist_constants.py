@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import ClassVar
 
 from dlbc.ir.core import Attr, Graph, Op, Operand, Section, Value, Weight, values
@@ -10,6 +11,8 @@ from dlbc.ir.dims import Sym, symbol
 from dlbc.passes import Pass, register
 
 _CREATION = ("full", "arange")
+SMALL = 4096
+"""Elements of a constant that takes longer to make than it is worth to leave out."""
 SEEDS = symbol("S")
 
 
@@ -24,7 +27,8 @@ class HoistConstants(Pass):
 
     `relevance`: the constants of a lowered relevance section as well, such as |W|. They then take memory between calls,
     as much as the weights they are made of. `few`: of these only what products with a single row for each batch row
-    (and target) read, such as a classifier's: there, making |W| anew takes longer than the product.
+    (and target) read, such as a classifier's: there, making |W| anew takes longer than the product; and small constants
+    that no weight goes into.
     """
 
     name: ClassVar[str] = "hoist_constants"
@@ -72,13 +76,23 @@ def _varies(attr: Attr | Operand) -> bool:
 
 
 def _keep_what_many_rows_read(graph: Graph, moved: dict[str, Op]) -> None:
-    """Leave in place what no product with few rows reads."""
+    """Leave in place what no product with few rows reads, and what is not small and made of literals alone."""
     wanted: set[str] = set()
     for op in reversed(list(graph.forward.ops)):
         if op.result.name in wanted if op.result.name in moved else op.name in ("linear", "matmul") and _few_rows(op):
             wanted |= {v.name for v in values(op.operands)}
-    for name in set(moved) - wanted:
+    literal: set[str] = set()
+    for op in graph.forward.ops:
+        if op.result.name in moved and all(isinstance(o, Value) and o.name in literal for o in op.inputs
+                                           if isinstance(o, Value | Weight)) and _small(op):
+            literal.add(op.result.name)
+    for name in set(moved) - wanted - literal:
         del moved[name]
+
+
+def _small(op: Op) -> bool:
+    """True where keeping what an op makes takes next to no memory."""
+    return all(prod(int(str(dim)) for dim in r.type.shape) <= SMALL for r in op.results)
 
 
 def _few_rows(op: Op) -> bool:

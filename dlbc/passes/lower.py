@@ -65,7 +65,9 @@ class _Lowering:
         self.forward = graph.forward.definitions()
         self.facts = facts(graph)
         if graph.relevance is not None:
-            self.facts.stabilised.update(op.result.name for op in graph.relevance.ops if op.name == "rel.to_multiplier")
+            self.facts.divided.update((op.result.name, op.operands[0]) for op in graph.relevance.ops
+                                      if op.name == "rel.to_multiplier" and isinstance(op.operands[0], Value))
+            self.facts.stabilised.update(self.facts.divided)
             self.facts.rectified.update(
                 op.result.name for op in graph.relevance.ops if op.rule is not None and op.result.name.startswith("M.")
                 and op.of in self.forward and rectifies(self.forward[op.of], op.rule))
@@ -112,8 +114,8 @@ class _Lowering:
         self.replaced |= dict(zip((r.name for r in op.results), results, strict=True))
 
     def _to_multiplier(self, at: Expansion, op: Op) -> Value:
-        assert op.rule is not None
         value, relevance = op.reads[0], op.operands[0]
+        assert op.rule is not None and isinstance(relevance, Value)
         eps, varies = dict(op.rule.params)["eps"], at.varies(value)
         value = at.difference(value) if varies else at.read(value)
         if varies and isinstance(eps, float) and eps <= STABILISER:
@@ -121,6 +123,7 @@ class _Lowering:
         else:
             m = at.div(relevance, at.stabilise(value, eps=eps))
         self.facts.stabilised.add(m.name)
+        self.facts.divided[m.name] = relevance
         if self.ledger:
             at.absorb("stabiliser", at.sub(relevance, at.mul(m, value)))
             self._record(at, op, "to_multiplier", [])

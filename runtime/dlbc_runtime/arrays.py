@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,17 @@ class Arrays(Mapping[str, Array]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
+
+    def keys(self) -> KeysView[str]:
+        """The names. The dict's own: going through them by `Mapping` takes as long as a small explanation's ops."""
+        return self._source.keys()
+
+    @classmethod
+    def adopted(cls, source: dict[str, object]) -> Arrays:
+        """Arrays of a dict that nobody else has, which is kept."""
+        found = cls.__new__(cls)
+        found._source = source
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one array, without converting it."""

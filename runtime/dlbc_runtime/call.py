@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -37,13 +37,17 @@ if TYPE_CHECKING:
     from dlbc_runtime.explainer import Explainer
 
 
+Prepared: TypeAlias = "tuple[object, Any, object]"
+"""The state of the weights that values were prepared from, those values, and the state of all weights then."""
+
+
 @dataclass(eq=False)
 class Loaded:
-    """A program's module, its prepared values, and the weights' state they were made for."""
+    """A program's module, and the values that it prepared from weights."""
 
     program: Program
     module: Any
-    prepared: tuple[object, Any] = (None, ())
+    prepared: Prepared = (None, (), None)
     lock: threading.Lock = field(default_factory=threading.Lock)
     references: ReferenceRuns = field(default_factory=ReferenceRuns)
 
@@ -69,7 +73,7 @@ class Call:
         manifest = loaded.program.manifest
         self.state = explainer._weights_state()
         with engine.running():
-            prepared = explainer._prepared(loaded)
+            prepared = explainer._prepared(loaded, self.state)
             started = time.perf_counter()
             arguments, columns = self.with_positions(manifest)
             compared = self._at_reference(loaded, prepared, arguments)

@@ -27,6 +27,7 @@ from dlbc_runtime.reference import Reference
 from dlbc_runtime.signature import RangeError, SizeError, dtype_name
 from dlbc_runtime.sinks import apart
 from dlbc_runtime.sinks import check as check_sinks
+from dlbc_runtime.straight import Straight
 from dlbc_runtime.target import Target, as_targets
 from dlbc_runtime.work import Work, WorkRow
 
@@ -77,6 +78,7 @@ class Explainer:
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._state: object = None
+        self._straight: Straight | None = None
 
     # What it is
 
@@ -166,9 +168,9 @@ class Explainer:
 
     def plan(self) -> Work:
         """What runs where, and why: one line for each kernel and for each op that is in none. Printed as a table."""
-        m = self.manifest
+        m, notes = self.manifest, self._recipe.get("notes")
         return Work(m.work or (WorkRow("all", m.backend, (), why=f"backend={m.backend!r} writes no kernels"),),
-                    str(self._recipe.get("target", "")))
+                    str(self._recipe.get("target", "")), map(str, notes) if isinstance(notes, list) else ())
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -198,6 +200,12 @@ class Explainer:
         InputError when inputs, target or options do not fit; an output or `keep` that is not there is an error of
         the compiler, IRError.
         """
+        plain = (keep is None and output is None and memory_budget is None and reference is None
+                 and sinks == "keep" and positions == "explained")
+        if plain and self._straight is not None:
+            found = self._straight.run(self, args, kwargs, target, multiplier, scaler)
+            if found is not None:
+                return found
         for name, factor in (("multiplier", multiplier), ("scaler", scaler)):
             if not isinstance(factor, int | float) or not math.isfinite(factor) or factor == 0:
                 raise InputError(f"{name} is {factor!r}", hint="give a number that is finite and not 0")
@@ -241,6 +249,8 @@ class Explainer:
         short = shortened(call, manifest)
         found = short.run() if budget is None else run_within(short, budget)
         found = found if short is call else lengthened(found, call, manifest)
+        if plain and not many and variant == self._default:
+            self._learn(args, kwargs, found)
         return found if sinks == "keep" else apart(found, sequence=bool(manifest.sequence))
 
     def run_task(self, task: str = "auto", inputs: object = None, tokenizer: Any = None, *, mode: str = "default",
@@ -270,6 +280,14 @@ class Explainer:
                         return_relevance=return_relevance, return_layerwise_output=return_layerwise_output,
                         debug=debug, save_relevance=save_relevance, save_path=save_path, save_format=save_format,
                         target=target, **generation_kwargs)
+
+    def _learn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Explanation) -> None:
+        """Remember a call that asked for nothing special, so that those like it go straight."""
+        if self._memory_budget is not None or self._cuda_graphs or not Straight.serves(self._manifest):
+            return
+        if self._straight is None:
+            self._straight = Straight(self._default, self._load(self._default))
+        self._straight.learn(args, kwargs, made)
 
     def _variant(self, keep: str | None, output: str | None, positions: str, targets: Sequence[Target]) -> Variant:
         """The program of a call."""
@@ -376,7 +394,7 @@ class Explainer:
     def _weights_state(self) -> object:
         """Something that changes when a weight's numbers do. Looked at before each run: InputError for a weight whose
         element type or shape is not what was compiled for, or that now holds NaN or infinity."""
-        state = tuple(self._engine.version(weight) for weight in self._weights.values())
+        state = self._engine.versions(self._weights.values())
         if state != self._state:
             for spec in self.manifest.weights:
                 weight = self._weights[spec.name]
@@ -390,16 +408,20 @@ class Explainer:
             self._state = state
         return state
 
-    def _prepared(self, loaded: Loaded) -> Any:
-        """Values computed from weights alone, made anew when one of those weights has changed."""
-        state = tuple(self._engine.version(self._weights[n]) for n in loaded.program.manifest.prepared_from)
+    def _prepared(self, loaded: Loaded, whole: object = None) -> Any:
+        """Values computed from weights alone, made anew when one of those weights has changed. `whole`: the state of
+        all weights, where it is known."""
         found = loaded.prepared
-        if found[0] == state:
+        if whole is not None and found[2] == whole:
             return found[1]
+        state = self._engine.versions([self._weights[n] for n in loaded.program.manifest.prepared_from])
         with loaded.lock:
-            if loaded.prepared[0] != state:
-                loaded.prepared = (state, loaded.module.prepare(self._weights))
-            return loaded.prepared[1]
+            found = loaded.prepared
+            if found[0] != state:
+                found = loaded.prepared = (state, loaded.module.prepare(self._weights), whole)
+            elif whole is not None:
+                loaded.prepared = (state, found[1], whole)
+            return found[1]
 
     def _for_these_sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], problem: SizeError
                          ) -> Explainer | None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -82,8 +82,8 @@ class Explanation:
                 object.__setattr__(self, group, Arrays(getattr(self, group)))
         if not isinstance(self.target, Meaning):
             object.__setattr__(self, "target", tuple(self.target))
-        if self.ledger_source is not None and not isinstance(self.ledger_source, _Once):
-            object.__setattr__(self, "ledger_source", _Once(self.ledger_source))
+        if self.ledger_source is not None and not isinstance(self.ledger_source, Once):
+            object.__setattr__(self, "ledger_source", Once(self.ledger_source))
         if self.experts is not None:
             object.__setattr__(self, "experts", self.experts.named(
                 self.tokens, next(iter(self.lengths.values()), None), self.target))
@@ -99,6 +99,13 @@ class Explanation:
             if shape != whole[:-1] or len(whole) != 2 + int(self.many_targets):
                 raise InputError(f"sinks have shape {list(shape)}, the relevance {list(whole)}",
                                  where=f"explanation of {name!r}", hint="one number for each row and target")
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> Explanation:
+        """One of all of its fields, each as the constructor leaves it, in a dict that nobody else has."""
+        found = object.__new__(cls)
+        object.__setattr__(found, "__dict__", fields)
+        return found
 
     # What it is about
 
@@ -194,7 +201,7 @@ class Explanation:
     @property
     def ledger(self) -> Ledger | None:
         """The conservation table if it was computed already."""
-        return self.ledger_source.result if isinstance(self.ledger_source, _Once) else None
+        return self.ledger_source.result if isinstance(self.ledger_source, Once) else None
 
     # Presentation
 
@@ -362,7 +369,7 @@ def strongest(flat: Array, k: int, by: Order) -> list[int]:
     return [int(place) for place in places if sizes[place] > 0]
 
 
-class _Once:
+class Once:
     """Calls a function the first time only; thread-safe. Copies of an explanation share its result."""
 
     def __init__(self, source: Callable[[], Ledger]) -> None:
@@ -378,7 +385,7 @@ class _Once:
 
 def known(ledger: Ledger) -> Callable[[], Ledger]:
     """A ledger source that has its table already, as a loaded explanation has."""
-    once = _Once(lambda: ledger)
+    once = Once(lambda: ledger)
     once()
     return once
 

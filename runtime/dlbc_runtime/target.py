@@ -182,8 +182,10 @@ class Target:
         if self.kind == "probability":
             return self._log_odds(rows, name, positions, number, chosen, signed)
 
+        kept = rows.copy() if count > 1 else rows  # whoever writes over the outputs changes no meaning
+
         def explained() -> tuple[Explained, ...]:
-            likely = _probabilities(rows, values) if count > 1 and self.kind != "regression" else [None] * batch
+            likely = _probabilities(kept, values) if count > 1 and self.kind != "regression" else [None] * batch
             places = [None] * batch if positions is None else positions.tolist()
             return tuple(Explained(row, number, name, index if count > 1 else None, None, place, value, probability)
                          for row, (index, place, value, probability) in enumerate(
@@ -371,7 +373,7 @@ def pixel_probabilities(scores: Array) -> Array:
 
 
 def _rows(given: Rows, batch: int, what: str, count: int | None = None) -> Array:
-    found: Array = np.asarray(given, dtype=np.int64)
+    found: Array = np.array(given, dtype=np.int64)
     if found.ndim > 1 or (found.ndim == 1 and len(found) != batch):
         raise InputError(f"{found.size} numbers for {batch} batch rows", where=what,
                          hint="give one number, or one for each row; a list of targets is a list of Target.index(...)")

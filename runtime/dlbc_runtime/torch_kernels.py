@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -33,24 +34,39 @@ SMALL = 4096
 
 def stabilise(x: Tensor, eps: float) -> Tensor:
     """`x + eps` where x >= 0, `x - eps` where x < 0."""
-    signed = x + 0.0  # -0.0 + 0.0 is 0.0, which counts as positive
-    return torch.copysign(torch.full((), eps, dtype=x.dtype, device=x.device), signed).add_(x)
+    found = x + _number(0.0, x)  # -0.0 + 0.0 is 0.0, which counts as positive
+    torch.copysign(_number(eps, x), found, out=found)
+    return found.add_(x)
 
 
 def stabilise_(x: Tensor, eps: float) -> Tensor:
     """`stabilise`, written over x."""
-    x += 0.0
-    return x.add_(torch.copysign(torch.full((), eps, dtype=x.dtype, device=x.device), x))
+    x += _number(0.0, x)
+    return x.add_(torch.copysign(_number(eps, x), x))
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor without axes of the element type and on the device of `like`. Of the CPU, where making it
+    takes longer than a small op, it is made once: nobody writes to it."""
+    if like.is_cpu:
+        return _number_on_cpu(value, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+@cache
+def _number_on_cpu(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def damp(m: Tensor, y: Tensor, eps: float) -> Tensor:
     """`m |y| / (|y| + eps)`, as m - m eps / (|y| + eps)."""
-    return torch.addcdiv(m, m, y.abs().add_(eps), value=-eps)
+    return torch.addcdiv(m, m, y.abs().add_(_number(eps, y)), value=-eps)
 
 
 def damp_(m: Tensor, y: Tensor, eps: float) -> Tensor:
     """`damp`, written over m."""
-    return m.addcdiv_(m, y.abs().add_(eps), value=-eps)
+    return m.addcdiv_(m, y.abs().add_(_number(eps, y)), value=-eps)
 
 
 def relu_adjoint(r: Tensor, x: Tensor) -> Tensor:
@@ -94,12 +110,21 @@ def where(condition: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     mask = condition.to(torch.int32)  # 0 or 1
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         bits = b.view(torch.int32)
-        return (a.view(torch.int32).bitwise_xor(bits) & mask.neg_()).bitwise_xor(bits).view(torch.float32)
+        found = a.view(torch.int32).bitwise_xor(bits)
+        if found.shape == mask.shape:  # it is ours, and as large as the result
+            return found.bitwise_and_(mask.neg_()).bitwise_xor_(bits).view(torch.float32)
+        return (found & mask.neg_()).bitwise_xor_(bits).view(torch.float32)
     if isinstance(a, Tensor) and b == 0:
-        return (a.view(torch.int32) & mask.neg_()).view(torch.float32)
+        return _where_set(mask.neg_(), a)
     if isinstance(b, Tensor) and a == 0:
-        return (b.view(torch.int32) & mask.sub_(1)).view(torch.float32)
+        return _where_set(mask.sub_(1), b)
     return torch.where(condition, a, b)
+
+
+def _where_set(mask: Tensor, x: Tensor) -> Tensor:
+    """x where all bits of an int32 mask are set, 0 where none is; written over the mask where that is large enough."""
+    bits = x.view(torch.int32)
+    return (mask.bitwise_and_(bits) if bits.shape == mask.shape else mask & bits).view(torch.float32)
 
 
 def linear_rows(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -461,8 +486,11 @@ def _to_winners_of_tiles(r: Tensor, x: Tensor, y: Tensor, rank: int) -> Tensor:
         split += [m, n // m]
         joined += [m, 1]
     won = _equal(x.reshape(*x.shape[:-rank], *split), y.reshape(*y.shape[:-rank], *joined))
-    won /= won.sum(tuple(range(-2 * rank + 1, 0, 2)), keepdim=True).clamp_(min=1)
-    return (r.reshape(*r.shape[:-rank], *joined) * won).reshape(r.shape[0], *x.shape)
+    count = won.sum(tuple(range(-2 * rank + 1, 0, 2)), keepdim=True).clamp_(min=1)
+    share = r.reshape(*r.shape[:-rank], *joined) / count
+    if r.shape[0] == 1 and won.dtype == share.dtype:
+        return won.unsqueeze(0).mul_(share).reshape(1, *x.shape)
+    return (share * won).reshape(r.shape[0], *x.shape)
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:

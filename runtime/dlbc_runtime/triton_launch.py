@@ -60,6 +60,7 @@ class Recording:
 
 
 _recording: list[Recording] = []
+_collecting: list[list[str]] = []
 
 
 @contextlib.contextmanager
@@ -73,10 +74,20 @@ def recording() -> Iterator[Recording]:
         _recording.remove(found)
 
 
+@contextlib.contextmanager
+def failures() -> Iterator[list[str]]:
+    """Collect what is said of kernels that do not compile, instead of logging it."""
+    found: list[str] = []
+    _collecting.append(found)
+    try:
+        yield found
+    finally:
+        _collecting.remove(found)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a kernel on a grid of programs. InputError where there is no GPU to run it on."""
-    if "WIDE" in kernel.arg_names:
-        meta["WIDE"] = any(type(arg) is torch.Tensor and _extent(arg) > WIDE for arg in args)
+    meta |= widths(kernel, args)
     if _recording:
         _recording[-1].launches.append(Launch(kernel, grid, args, meta))
         return
@@ -84,6 +95,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if kernel in _failed:
         raise KernelError(kernel.__name__)
+    try:
+        run(kernel, grid, args, meta)
+    except KernelError as failure:
+        _failed.add(kernel)
+        problem = failure.__cause__ or failure
+        said = str(problem).splitlines()[0][:200] if str(problem) else type(problem).__name__
+        file = _reproducer(Launch(kernel, grid, args, meta), problem)
+        if _collecting:
+            _collecting[-1].append(f"kernel {kernel.__name__} does not compile ({said}), see {file}")
+        else:
+            log.warning("kernel %s does not compile (%s); its ops run in torch one by one, which is slower. Please "
+                        "report it with the file %s", kernel.__name__, said, file)
+        raise
+
+
+def widths(kernel: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """Of a kernel that asks for it: whether offsets do not fit into 32 bits."""
+    if "WIDE" not in kernel.arg_names:
+        return {}
+    return {"WIDE": any(type(arg) is torch.Tensor and _extent(arg) > WIDE for arg in args)}
+
+
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: Mapping[str, Any]) -> None:
+    """Run a kernel now. KernelError, and nothing else is said, where it does not compile."""
     if not INTERPRETED and not _on_gpu(args):
         raise InputError("this explainer's kernels are written for a GPU, and its inputs are not on one",
                          where="backend=\"triton\"",
@@ -100,10 +135,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     except Exception as problem:
         if not _is_compilation(problem):
             raise
-        _failed.add(kernel)
-        log.warning("kernel %s does not compile (%s); its ops run in torch one by one, which is slower. Please report "
-                    "it with the file %s", kernel.__name__, str(problem).splitlines()[0][:200],
-                    _reproducer(Launch(kernel, grid, args, meta), problem))
         raise KernelError(kernel.__name__) from problem
 
 
@@ -120,7 +151,7 @@ def _is_compilation(problem: Exception) -> bool:
         type(problem).__module__.startswith("triton")) or "PassManager" in text or "ptxas" in text
 
 
-def _reproducer(failed: Launch, problem: Exception) -> str:
+def _reproducer(failed: Launch, problem: BaseException) -> str:
     """A file with all that is needed to see the failure again: source, types, options and the error."""
     import tempfile
 

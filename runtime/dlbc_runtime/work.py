@@ -37,14 +37,18 @@ class WorkRow:
 
 
 class Work(tuple[WorkRow, ...]):
-    """The steps of a program, in order; printed as a table, with how many there are of each kind."""
+    """The steps of a program, in order; printed as a table, with how many there are of each kind.
+
+    `target` is what they are compiled for, `notes` what was seen when that was chosen (`docs/triton.md`).
+    """
 
     target: str
+    notes: tuple[str, ...]
 
-    def __new__(cls, rows: Iterable[WorkRow], target: str = "") -> Self:
-        """Rows, and what they are compiled for."""
+    def __new__(cls, rows: Iterable[WorkRow], target: str = "", notes: Iterable[str] = ()) -> Self:
+        """Rows with what is said of all of them."""
         found = super().__new__(cls, rows)
-        found.target = target
+        found.target, found.notes = target, tuple(notes)
         return found
 
     def __str__(self) -> str:
@@ -59,7 +63,7 @@ class Work(tuple[WorkRow, ...]):
         for row in self:
             kinds[row.runs] += row.count
         total = ", ".join(f"{runs}: {count}" for runs, count in kinds.most_common())
-        return "\n".join([f"{self.target}: {total}" if self.target else total, *lines])
+        return "\n".join([f"{self.target}: {total}" if self.target else total, *self.notes, *lines])
 
 
 def _counted(ops: Iterable[str]) -> list[str]:

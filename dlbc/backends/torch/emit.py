@@ -18,6 +18,7 @@ TORCH = Dialect(
             "u8": "torch.uint8", "bool": "torch.bool"},
     cast="{}.to({})",
     scalar="torch.tensor({}, dtype={}{})",
+    number='torch.tensor({}, dtype=torch.float32, device="cpu")',
     device="{}.device",
     no_device='torch.device("cpu")')
 

@@ -11,6 +11,7 @@ from dlbc.backends.site import Scope
 from dlbc.backends.torch.emit import TORCH
 from dlbc.backends.triton.config import device
 from dlbc.backends.triton.kernels import KernelSite, emit_kernel
+from dlbc.backends.triton.tiles import Product
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.core import Graph, Kernel
 
@@ -31,17 +32,24 @@ def emit(graph: Graph) -> str:
     The graph's attribute `target` names the architecture ("triton:sm_90"), `precision` how products of float32 numbers
     are computed. UnsupportedOpError names an op that it cannot write.
     """
-    return emit_module(graph, replace(TRITON, kernel=partial(_written, graph, {})))
+    return emit_module(graph, replace(TRITON, kernel=partial(_written, graph, {}, {})))
+
+
+def products(graph: Graph) -> dict[str, Product]:
+    """The kernels that choose among tiles, by name, and what they are chosen for."""
+    found: dict[str, Product] = {}
+    emit_module(graph, replace(TRITON, kernel=partial(_written, graph, {}, found)))
+    return found
 
 
 def refused(graph: Graph) -> dict[str, str]:
     """The kernels that no code can be written for, and why: they run op by op."""
     found: dict[str, str] = {}
-    emit_module(graph, replace(TRITON, kernel=partial(_written, graph, found)))
+    emit_module(graph, replace(TRITON, kernel=partial(_written, graph, found, {})))
     return found
 
 
-def _written(graph: Graph, problems: dict[str, str], kernel: Kernel,
+def _written(graph: Graph, problems: dict[str, str], products: dict[str, Product], kernel: Kernel,
              scope: Scope) -> tuple[str, tuple[str, ...]] | None:
     """A kernel's function and the lines that launch it; None where its template has no code for it after all."""
     architecture = str(graph.attrs.get("target", "")).removeprefix("triton:") or "sm_90"
@@ -52,4 +60,6 @@ def _written(graph: Graph, problems: dict[str, str], kernel: Kernel,
         log.info("kernel %s is left to torch: %s", kernel.name, problem.fact)
         problems[kernel.name] = problem.fact
         return None
+    if made.product is not None:
+        products[made.product[0]] = made.product[1]
     return made.source, made.lines

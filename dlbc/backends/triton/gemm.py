@@ -63,12 +63,17 @@ class GemmWriter(Writer):
         """The kernel and its launch, with the tile for so many rows."""
         return Emitted(source, (
             *(self.site.empty(result) for result in self.site.results),
-            f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *self.arguments(), "**tile"])))
+            f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *self.arguments(), "**tile"])),
+            (name, self.product()))
 
     def tiles(self) -> list[tuple[int | None, Tile]]:
         """The tiles, by number of rows."""
-        return tiles(self.site.device, Product(self.width, self.depth, len(self.products), self.dots(), *self.loads(),
-                                               self.combined(), self.groups(), self.held()))
+        return tiles(self.site.device, self.product())
+
+    def product(self) -> Product:
+        """What tiles are chosen for."""
+        return Product(self.width, self.depth, len(self.products), self.dots(), *self.loads(), self.combined(),
+                       self.groups(), self.held())
 
     # --- what other kinds of products change ---------------------------------------------------------------
 

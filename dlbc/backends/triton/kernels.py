@@ -20,6 +20,7 @@ from dlbc.backends.liveness import inputs_of
 from dlbc.backends.names import listed
 from dlbc.backends.site import Scope
 from dlbc.backends.triton.config import Device
+from dlbc.backends.triton.tiles import Product
 from dlbc.errors import IRError
 from dlbc.ir.core import Kernel, Operand, Value, Weight, values
 from dlbc.ir.dims import Dim
@@ -41,10 +42,12 @@ POINTERS = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16
 @dataclass(frozen=True)
 class Emitted:
     """A kernel as text. `source`: jit functions, with a name that `named` made; `lines`: of the Python function that
-    launches it: they allocate the results under their names in that function, then launch."""
+    launches it: they allocate the results under their names in that function, then launch. `product`: of a kernel that
+    chooses among tiles, its name and what they are chosen for."""
 
     source: str
     lines: tuple[str, ...]
+    product: tuple[str, Product] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlbc.backends.triton.config import Device
@@ -70,17 +71,52 @@ BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 """The numbers of rows up to which a tile is chosen; the last is for all beyond."""
 
 
+CANDIDATES = 8
+"""Tiles of a product that are measured for a number of rows, those first that the estimate likes best."""
+
+
 def tiles(device: Device, what: Product) -> list[tuple[int | None, Tile]]:
     """The tile for each number of rows up to a bound; the last bound is None."""
-    shapes = (*SHAPES, *(SHALLOW if what.held else ()))
-    fitting = [tile for shape in shapes if (tile := _staged(device, what, *shape)) is not None]
+    fitting = _fitting(device, what)
+    return table([min(fitting, key=lambda tile: _order(device, what, tile, bound)) for bound in BOUNDS])
+
+
+def candidates(device: Device, what: Product, bound: int | None) -> list[Tile]:
+    """The tiles that may be the fastest for rows up to a bound (None: beyond all); the first is that of `tiles`.
+
+    A kernel is written for its tiles: where all of them divide its columns (or its depth), it does not look whether
+    there is an end inside of a block. So others have to divide them too.
+    """
+    rows, own = BOUNDS[-1] if bound is None else bound, [tile for _, tile in tiles(device, what)]
+    columns = all(what.columns % tile.columns == 0 for tile in own)
+    depth = all(what.depth % tile.depth == 0 for tile in own)
+    found = [tile for tile in _fitting(device, what) if not (columns and what.columns % tile.columns) and not (
+        depth and what.depth % tile.depth)]
+    return sorted(found, key=lambda tile: _order(device, what, tile, rows))[:CANDIDATES]
+
+
+def table(chosen: Sequence[Tile]) -> list[tuple[int | None, Tile]]:
+    """One tile for each of `BOUNDS`, with bounds in a row that have the same tile as one."""
     found: list[tuple[int | None, Tile]] = []
-    for bound in BOUNDS:
-        best = min(fitting, key=lambda tile: (_seconds(device, what, tile, bound), -tile.rows * tile.columns))
-        if found and found[-1][1] == best:
+    for bound, tile in zip(BOUNDS, chosen, strict=True):
+        if found and found[-1][1] == tile:
             found.pop()
-        found.append((bound, best))
+        found.append((bound, tile))
     return [*found[:-1], (None, found[-1][1])]
+
+
+def bound_of(rows: int) -> int | None:
+    """The bound that a number of rows belongs to; None beyond the last but one."""
+    return next((bound for bound in BOUNDS[:-1] if rows <= bound), None)
+
+
+def _fitting(device: Device, what: Product) -> list[Tile]:
+    shapes = (*SHAPES, *(SHALLOW if what.held else ()))
+    return [tile for shape in shapes if (tile := _staged(device, what, *shape)) is not None]
+
+
+def _order(device: Device, what: Product, tile: Tile, rows: int) -> tuple[float, int]:
+    return _seconds(device, what, tile, rows), -tile.rows * tile.columns
 
 
 def _staged(device: Device, what: Product, rows: int, columns: int, depth: int, warps: int) -> Tile | None:

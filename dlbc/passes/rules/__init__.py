@@ -163,6 +163,8 @@ class Facts:
     carriers: set[str]
     softmaxes: set[str]
     stabilised: set[str] = field(default_factory=set)
+    divided: dict[str, Value] = field(default_factory=dict)
+    """The relevance that such a multiplier was made of."""
     nonnegative: set[str] = field(default_factory=set)
     rectified: set[str] = field(default_factory=set)
     rotations: Rotations = field(default_factory=dict)

@@ -181,22 +181,26 @@ def gamma(at: Expansion, op: Op, m: Value, *, gamma: float = 0.25, eps: float = 
     The generalised gamma rule (Andeol et al. 2021, after Montavon et al. 2019) for inputs of both signs. The
     denominator is `z = y + g/2 (y + sgn(y) T)`: of the sign of y and never smaller, where the plain one,
     `y + g (W+ x + b+)`, crosses 0. As a multiplier: `s = M_y y / e(z)`,
-    `M_x = (1 + g/2) W^T s + sgn(x) g/2 |W|^T (s sgn(y))`. An output that is 0 hands on nothing.
+    `M_x = (1 + g/2) W^T s + sgn(x) g/2 |W|^T (s sgn(y))`. An output that is 0 hands on nothing. All by 1 + g/2, so that
+    only one of the two shares has a factor: `z' = |y| + c T`, `M_x = W^T |s'| + sgn(x) c |W|^T s'`, c = g / (2 + g).
     """
     linear = linear_map(at, op)
     y = at.read(op.result)
     plain = linear.positive is not None and linear.weights and op.name not in EXPERTS
     if m.name in at.facts.rectified and linear.nonnegative and plain:
         return _gamma_rectified(at, linear, m, y, gamma, eps)
-    held = y  # R = M held: where M = R / e(y), that is e(y), since here R is shared out by z, not by y
-    if m.name in at.facts.stabilised:
-        held = at.where(at.eq(y, 0.0), 0.0, at.stabilise(y, eps=eps))
-    magnitude, size = linear.absolute, linear.size
-    z = at.add(at.mul(at.abs(y), 1 + gamma / 2), at.mul(magnitude(size), gamma / 2))  # |z|
-    part = at.div(held, at.add(z, eps))
-    at.absorb("stabiliser", at.mul(m, at.sub(y, at.mul(part, z))))
-    s = at.mul(m, at.mul(at.abs(part), 1 + gamma / 2))  # (1 + g/2) s, and g/2 s sgn(y)
-    t = at.mul(m, at.mul(part, gamma / 2))
+    magnitude, size, common, share = linear.absolute, linear.size, 1 + gamma / 2, gamma / (2 + gamma)
+    z = at.add(at.abs(y), at.mul(magnitude(size), share))  # |z| / (1 + g/2)
+    divisor, r = at.add(z, eps / common), at.facts.divided.get(m.name)
+    if r is None:
+        part = at.div(y, divisor)
+        s, t = at.mul(m, at.abs(part)), at.mul(m, at.mul(part, share))  # (1 + g/2) s, and g/2 s sgn(y)
+        at.absorb("stabiliser", at.mul(m, at.sub(y, at.mul(part, z))))
+    else:  # M = R / e(y), and R is shared out by z in its place
+        side = at.sign(y)
+        s = at.mul(at.div(r, divisor), side)
+        t = at.mul(s, at.mul(side, share))
+        at.absorb("stabiliser", at.sub(at.mul(m, y), at.mul(at.mul(s, side), z)))
     if linear.bias is not None:
         at.absorb("bias", at.add(at.mul(_bias_shaped(linear), s), at.mul(_bias_shaped(magnitude), t)))
     favoured = magnitude.adjoint(t)
