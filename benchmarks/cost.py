@@ -48,6 +48,16 @@ def _peak(name: str, case: str) -> float:
     return peak_memory(__file__, name, case)
 
 
+def _timed(made: dict[str, Run], runs: int) -> dict[str, dict[str, float]]:
+    """Ratios of each explanation, run in turn with the baseline and nothing else: after another explanation caches are
+    warm for the next one, and after the last one cold for the baseline."""
+    found: dict[str, dict[str, float]] = {}
+    for name, run in made.items():
+        if name != BASELINE:
+            found |= ratios(interleaved({BASELINE: made[BASELINE], name: run}, runs=runs), BASELINE)
+    return found
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,8 +82,7 @@ def main() -> None:
             rows += [row for row in kept("cost")["rows"] if row["model"] == name]
             continue
         runs = options.runs if name != "MLP 30-64-2, 1 row" else 40 * options.runs
-        timed = ratios(interleaved(cases(name, list(targets)), runs=runs), BASELINE)
-        for case, found in timed.items():
+        for case, found in _timed(cases(name, list(targets)), runs).items():
             rows.append({"model": name, "case": case, **found, "target": targets.get(case, 1.0), **_memory(name, case)})
     report("cost", rows)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dlbc_runtime.torch_products import matmul
+
 _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda w: w, "abs": torch.abs, "positive": torch.relu, "negative": lambda w: torch.relu(-w),
     "square": torch.square}
@@ -42,10 +44,7 @@ def grouped_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None,
         if end > start:
             own = _PARTS[part](weight[expert].to(x.dtype))
             own = own if transposed else own.t()
-            if len(rows) == 1:
-                torch.mm(rows[0, start:end], own, out=y[0, start:end])
-            else:
-                y[:, start:end] = torch.matmul(rows[:, start:end], own)
+            y[:, start:end] = matmul(rows[:, start:end], own)
             if bias is not None:
                 y[:, start:end] += bias[expert].to(x.dtype)
             start = end

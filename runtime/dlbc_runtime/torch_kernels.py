@@ -24,6 +24,7 @@ from dlbc_runtime.torch_experts import (  # noqa: F401  generated code calls the
     grouped_linear,
     route_topk,
 )
+from dlbc_runtime.torch_products import linear, matmul  # noqa: F401  generated code calls them
 from dlbc_runtime.torch_recurrent import gru, lstm, recurrence_adjoint, rnn  # noqa: F401  generated code calls them
 
 SMALL = 4096

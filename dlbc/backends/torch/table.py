@@ -5,6 +5,7 @@ A template (see `Expression`) or, where the text depends on types or attributes,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from dlbc.backends.names import grouped, literal, tuple_of
@@ -12,6 +13,9 @@ from dlbc.backends.shared import COMMON, EXPERTS, RECURRENT, along, is_zero, kee
 from dlbc.backends.site import Expression, Site
 from dlbc.ir.core import Value
 from dlbc.ir.dims import Sym
+
+MATRIX = 2**14
+"""Numbers of a matrix from which on products with it may have rows enough for another library's product."""
 
 TABLE: dict[str, Expression] = {
     **COMMON, **EXPERTS, **RECURRENT,
@@ -41,7 +45,6 @@ TABLE: dict[str, Expression] = {
     "max_with_index": "torch.max({a}, {dim}, {keepdim})",
     "min_with_index": "torch.min({a}, {dim}, {keepdim})",
     # linear maps
-    "matmul": "torch.matmul({a:t}, {b:t})",
     "rotary": "kernels.rotary({a}, {b}, {c}, interleaved={interleaved})",
     # pooling
     "adaptive_avg_pool_adjoint": "kernels.adaptive_avg_pool_adjoint({a}, {size})",
@@ -178,7 +181,18 @@ def _position(site: Site) -> str:
 
 @_writes("linear")
 def _linear(site: Site) -> str:
-    return f"F.linear({', '.join(_typed(site))})"
+    return f"{'kernels' if _large(site) else 'F'}.linear({', '.join(_typed(site))})"
+
+
+@_writes("matmul")
+def _matmul(site: Site) -> str:
+    return f"{'kernels' if _large(site) else 'torch'}.matmul({', '.join(_typed(site))})"
+
+
+def _large(site: Site) -> bool:
+    """Whether a product is with a matrix of so many numbers that `torch_products` has more than one way for it."""
+    shape = site.type(1).shape
+    return len(shape) == 2 and math.prod(size if isinstance(size, int) else 0 for size in shape) >= MATRIX
 
 
 @_writes("linear_rows")
