@@ -27,11 +27,13 @@ def table(measured: Mapping[str, object] | None) -> str:
     machine, rows = measured["machine"], measured["rows"]
     assert isinstance(machine, dict) and isinstance(rows, list)
     lines = [
-        "Time and added peak memory of one explanation, forward pass included, over a plain torch forward pass and the",
-        "gradient with respect to the input of the same model. Both run in turn in one process; the table shows the",
-        "median of the ratios, and in brackets the smallest and largest. For the language model the baseline computes",
-        "the head at the last position only. `torch` backend, float32, random weights. Memory is what arrays take:",
-        "what is freed goes back to the system at once, where the allocator keeps some ([why](docs/speed.md#memory)).",
+        "Time and added peak memory of one explanation, forward pass included, over a plain torch forward pass and",
+        "the gradient with respect to the input of the same model. Each runs in turn with that in one process; the",
+        "table shows the median of the ratios, and in brackets the smallest and largest. For the language model the",
+        "baseline computes the head at the last position only. `torch` backend, float32, random weights. Explanations",
+        "multiply by the faster of torch's two libraries; with the baseline's own, language models and BERT take up",
+        "to twice as long ([both figures](docs/speed.md#products)). Memory is what arrays take: what is freed goes",
+        "back to the system at once, where the allocator keeps some ([why](docs/speed.md#memory)).",
         "", "| model | rules | time ÷ (forward + gradient) | we want at most | added memory ÷ the same |",
         "|---|---|---|---|---|",
         *(_row(row) for row in rows if row["case"] != BASELINE),

@@ -49,7 +49,7 @@ def attention(*, heads: int = 4, groups: int = 2, mask: str = "", rows: Dim = T,
              "additive": [Value("bias", Type("f32", (B, 1, rows, keys)))]}[mask]
     sunk = [Value("sinks", Type("f32", (heads,)))] if sinks else []
     at = Builder(("q", "k", "v", "seen", "bias", "sinks"))
-    y = at.attention(q, k, v, *(masks or [None]), *sunk, scale=0.7, result="y", **attrs)
+    y = at.attention(q, k, v, *(masks or [None]), *sunk, scale=0.75, result="y", **attrs)  # .75: float32 has it
     names = [p.name for p in (q, k, v, *masks, *sunk)]
     return Graph("one", Section((q, k, v, *masks, *sunk), tuple(at.ops), (y,)), {n: (1, 64) for n in "BTU"},
                  attrs={"inputs": tuple(names), "outputs": ("y",), "explain": ("q", "k", "v")})
@@ -265,7 +265,7 @@ relevance(%R.y : f32[S,B,2,T,3]) {
 def test_equal_layers_share_a_function_and_outlining_keeps_streams() -> None:
     graph = attention(keys=T, causal=True, groups=4)
     at = Builder(("q", "k", "v", "y"))
-    z = at.attention(graph.forward.results[0], *graph.forward.params[1:], scale=0.7, causal=True, result="z")
+    z = at.attention(graph.forward.results[0], *graph.forward.params[1:], scale=0.75, causal=True, result="z")
     forward = Section(graph.forward.params, (*graph.forward.body, *at.ops), (z,))
     two = Graph("two", forward, graph.dims, attrs={**graph.attrs, "outputs": ("z",)})
     parts = lowered(two, "attnlrp")

@@ -1229,7 +1229,7 @@ _formula(
     "norm_reduce", lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True) + F.normalize(h, dim=-1)
 )
 _formula("softmax_outputs", lambda h: torch.softmax(h, -1) + torch.log_softmax(h, dim=-1))
-_formula("logsumexp", lambda h: h - torch.logsumexp(h, dim=-1, keepdim=True))
+_formula("logsumexp", lambda h: h + torch.logsumexp(h, dim=-1, keepdim=True))
 _formula("cumulative_sum", lambda h: torch.cumsum(h, dim=-1))
 _formula("maximum_minimum", lambda h: torch.maximum(h, h.flip(-1)) + torch.minimum(h, torch.zeros_like(h)))
 _formula("glu", lambda h: F.glu(h, dim=-1), outputs=4)
