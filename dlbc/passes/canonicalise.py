@@ -82,7 +82,34 @@ def _does_nothing(op: Op, flow: Dataflow) -> Operand:
         return x if _truth(op.operands[1], flow) is True else None
     if op.name in ("bitwise_or", "logical_or") and type_of(x).dtype == "bool":
         return x if _truth(op.operands[1], flow) is False else None
+    if op.name in ("maximum", "minimum", "clamp") and not type_of(x).floating:
+        return x if _in_bounds(op, flow) else None
     return None
+
+
+def _in_bounds(op: Op, flow: Dataflow) -> bool:
+    """Whether bounds leave places of an axis (the experts that topk chose) as they are: 0 to its size less 1."""
+    size = _places(op.operands[0], flow)
+    low, high = attr(op, "low") if op.name == "clamp" else None, attr(op, "high") if op.name == "clamp" else None
+    if op.name == "maximum":
+        low = flow.number(op.operands[1])
+    if op.name == "minimum":
+        high = flow.number(op.operands[1])
+    stated = op.name == "clamp" or low is not None or high is not None
+    return size is not None and stated and (not isinstance(low, int | float) or low <= 0) and (
+        not isinstance(high, int | float) or high >= size - 1)
+
+
+def _places(x: Operand, flow: Dataflow) -> int | None:
+    """The size of the axis that integers are places of; None where they may be others."""
+    while (move := flow.op(x, "reshape", "cast", "permute", "expand", "slice", "select")) is not None:
+        x = move.operands[0]
+    op = flow.op(x, "topk", "sort", "max_with_index", "min_with_index", "argmax", "argmin", "route_topk")
+    if op is None or x != op.results[-1] or type_of(x).floating:
+        return None
+    shape, dim = type_of(op.operands[0]).shape, -1 if op.name == "route_topk" else attr(op, "dim")
+    size = shape[axis(len(shape), dim)] if isinstance(dim, int) and shape else None
+    return size if isinstance(size, int) else None
 
 
 def _truth(operand: Operand, flow: Dataflow) -> bool | None:
