@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -33,11 +39,19 @@ def explained(name: str, device: str, rules: str, dtype: torch.dtype = torch.flo
     return first
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("rules", ["attnlrp", "cp-lrp", "dlb", "input-x-gradient"])
-@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet18_small", "bert", "llama_ids_only", "gemma2", "vit",
-                                  "moe_gpt_oss", "moe_qwen3", "moe_deepseek_v3"])
+FEW = ("mlp", "lenet", "resnet18_small", "bert", "llama_ids_only", "gemma2", "vit", "moe_gpt_oss", "moe_qwen3",
+       "moe_deepseek_v3")
+REST = [name for group in (zoo.TABULAR, zoo.CNNS, zoo.ENCODERS, zoo.CAUSAL, zoo.MIXTURES) for name in group
+        if name not in FEW]
+
+
+@pytest.mark.parametrize(("name", "rules", "backend"), [
+    *((name, rules, backend) for name in FEW for rules in ("attnlrp", "cp-lrp", "dlb", "input-x-gradient")
+      for backend in ("torch", "triton")),
+    *((name, rules, "triton") for name in REST for rules in ("cp-lrp", "dlb"))])
 def test_cuda_equals_cpu(name: str, rules: str, backend: str) -> None:
+    if not zoo.available(name):
+        pytest.skip(f"{name} needs {', '.join(zoo.NEEDS[name])}")
     if zoo.CASES[name]().args and zoo.CASES[name]().kwargs:
         pytest.skip("this case mixes positional and keyword inputs")
     with torch.backends.cudnn.flags(allow_tf32=False):
@@ -69,6 +83,20 @@ def test_measured_tiles_change_no_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     for explainer in (tuned, dlbc.compile(model, given, rules="dlb", backend="triton", tune=True)):
         for key, value in explainer(*args, **kwargs).relevance.items():
             np.testing.assert_allclose(value, plain.relevance[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    """Addresses out of bounds, and races for shared memory, in kernels of four models."""
+    found = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if found is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit: kernels are not checked for races")
+    command = [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all",
+               sys.executable, "-m", "tests.gpu_sanitized", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+                          env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count(" done") == 8
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
