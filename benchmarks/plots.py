@@ -26,9 +26,11 @@ def bars(cost: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, list[tu
     for row in cost["rows"]:
         if row["case"] != BASELINE:
             found.setdefault(row["model"], []).append((f"dlbc {row['case']}", row["median"], True))
+    measured = set(found)
     for row in peers["rows"]:
-        if row["case"] != BASELINE and not row["case"].startswith("dlbc"):
-            found.setdefault(row["model"], []).append((row["case"], row["median"], False))
+        ours = row["case"].startswith("dlbc")
+        if row["case"] != BASELINE and not (ours and row["model"] in measured):
+            found.setdefault(row["model"], []).append((row["case"], row["median"], ours))
     return {model: sorted(rows, key=lambda row: row[1]) for model, rows in found.items()}
 
 
@@ -50,12 +52,12 @@ def draw(found: Mapping[str, list[tuple[str, float, bool]]], path: Path) -> None
         panel.set_xscale("log")
         panel.tick_params(axis="y", length=0, labelsize=9)
         panel.spines[["top", "right", "left"]].set_visible(False)
-    ticks = [0.5, 1, 2, 5, 10, 20]
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
     highest = max(median for rows in found.values() for _, median, _ in rows)
-    panels[-1].set_xlim(0.4, max(2.5, 1.25 * highest))
+    panels[-1].set_xlim(0.2, max(2.5, 1.6 * highest))
     panels[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     panels[-1].minorticks_off()
-    panels[-1].set_xlim(0.4, max(2.5, 1.25 * highest))
+    panels[-1].set_xlim(0.2, max(2.5, 1.6 * highest))
     panels[-1].set_xlabel("time ÷ (forward + gradient)", fontsize=9.5, color=LINE)
     figure.savefig(path, dpi=110)
 

@@ -64,6 +64,11 @@ def _model(item: pytest.Item) -> str:
     return str(callspec.params.get("name", "")) if callspec else ""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of pytest-xdist, for environments without it, such as the peers'."""
+    config.addinivalue_line("markers", "xdist_group(name): these tests run in one worker, where there are several")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one model run together, since exporting it is the dear part, and so do those of trained models, since
     unpacking them is; `gpu` tests need a CUDA device."""
