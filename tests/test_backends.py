@@ -383,3 +383,16 @@ def test_every_op_is_in_both_tables_and_emitting_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"], capture_output=True,
                           text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_damping_by_nothing_leaves_nothing(written: bool) -> None:
+    """Multipliers that were divided by a stabiliser are as large as its inverse, and 0 times them is 0."""
+    from dlbc_runtime import torch_kernels
+
+    m = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 1e9
+    y = torch.zeros(10_000)
+    y[::2] = 3.0
+    found = (torch_kernels.damp_ if written else torch_kernels.damp)(m.clone(), y, 1e-9)
+    assert not found[1::2].any()
+    torch.testing.assert_close(found[::2], m[::2])

@@ -61,13 +61,17 @@ def _number_on_cpu(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def damp(m: Tensor, y: Tensor, eps: float) -> Tensor:
-    """`m |y| / (|y| + eps)`, as m - m eps / (|y| + eps)."""
-    return torch.addcdiv(m, m, y.abs().add_(_number(eps, y)), value=-eps)
+    """`m |y| / (|y| + eps)`, as m / (1 + eps / |y|): exactly 0 where y is, however large m is there."""
+    return m / _damping(y, eps)
 
 
 def damp_(m: Tensor, y: Tensor, eps: float) -> Tensor:
     """`damp`, written over m."""
-    return m.addcdiv_(m, y.abs().add_(_number(eps, y)), value=-eps)
+    return m.div_(_damping(y, eps))
+
+
+def _damping(y: Tensor, eps: float) -> Tensor:
+    return y.abs().reciprocal_().mul_(_number(eps, y)).add_(_number(1.0, y))
 
 
 def relu_adjoint(r: Tensor, x: Tensor) -> Tensor:
