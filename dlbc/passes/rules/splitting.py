@@ -79,7 +79,7 @@ class _Whole:
 
     def __init__(self, linear: LinearMap) -> None:
         at = linear.at
-        self.linear, self.magnitude, self.size = linear, linear.absolute, linear.size
+        self.linear, self.size, self.magnitude = linear, linear.size, linear.absolute
         self.total, self.y = at.mul(self.magnitude(self.size), 0.5), at.mul(_result(at, linear), 0.5)
 
     def side(self, *, positive: bool) -> Value:
@@ -124,7 +124,7 @@ def absolute(at: Expansion, op: Op, r: Value, *, low: float = -math.inf, high: f
     """
     linear = linear_map(at, op)
     if low == -math.inf and high == math.inf:
-        magnitude, size = linear.absolute, at.abs(linear.x)
+        size, magnitude = at.abs(linear.x), linear.absolute  # x first: it may be freed before |W| is made
         share = at.shared(r, magnitude(size))
         if magnitude.bias is not None:
             at.absorb("bias", at.mul(_bias_shaped(magnitude), share))
@@ -154,7 +154,7 @@ def absolute_0_1(at: Expansion, op: Op, r: Value) -> Contributions:
     if op.name not in ("linear", "linear_rows", "matmul", "einsum", *EXPERTS):
         return absolute(at, op, r)
     linear = linear_map(at, op)
-    magnitude, size = linear.absolute, at.abs(linear.x)
+    size, magnitude = at.abs(linear.x), linear.absolute
     total = replace(magnitude, bias=None)(size)
     signed = replace(linear, bias=None)(linear.x)
     mixed = at.gt(at.sub(total, at.abs(signed)), at.mul(total, 1e-6))
@@ -189,7 +189,7 @@ def gamma(at: Expansion, op: Op, m: Value, *, gamma: float = 0.25, eps: float = 
     plain = linear.positive is not None and linear.weights and op.name not in EXPERTS
     if m.name in at.facts.rectified and linear.nonnegative and plain:
         return _gamma_rectified(at, linear, m, y, gamma, eps)
-    magnitude, size, common, share = linear.absolute, linear.size, 1 + gamma / 2, gamma / (2 + gamma)
+    size, magnitude, common, share = linear.size, linear.absolute, 1 + gamma / 2, gamma / (2 + gamma)
     z = at.add(at.abs(y), at.mul(magnitude(size), share))  # |z| / (1 + g/2)
     divisor, r = at.add(z, eps / common), at.facts.divided.get(m.name)
     if r is None:
