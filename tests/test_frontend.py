@@ -303,6 +303,33 @@ def test_a_length_that_the_model_asks_for_by_its_square_is_fixed() -> None:
     assert_same(imported, model, (torch.randn(3, 5, 6),))
 
 
+class Chunks(nn.Module):
+    """A layer whose positions see those before them in their chunk of eight; chunks are written one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        h = torch.nn.functional.pad(self.linear(x), (0, 0, 0, (8 - length % 8) % 8))
+        h = h.reshape(h.shape[0], -1, 8, h.shape[-1])
+        later = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        weights = (h @ h.transpose(-1, -2)).masked_fill(later, -torch.inf).softmax(-1)
+        seen = torch.zeros_like(h)
+        for chunk in range(h.shape[1]):
+            seen[:, chunk] = weights[:, chunk] @ h[:, chunk]
+        return seen.reshape(seen.shape[0], -1, seen.shape[-1])[:, :length]
+
+
+def test_a_length_that_the_model_cuts_into_chunks_is_static() -> None:
+    """As in linear attention. What a chunk's size is, no expression of a length says that the IR can compare."""
+    model, x = Chunks().eval(), torch.randn(2, 5, 6)
+    imported = import_model(model, (x,), {})
+    assert imported.static.keys() == {"x.1"} and "cannot be read" in imported.static["x.1"]
+    assert_same(imported, model, (torch.randn(3, 5, 6),))
+
+
 # --- sizes -------------------------------------------------------------------------------------------
 
 def shapes(imported: Imported) -> list[str]:

@@ -21,7 +21,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
-from dlbc.errors import DlbcError, ExportError
+from dlbc.errors import DlbcError, ExportError, IRError
 from dlbc.frontends.aten_complex import Pair
 from dlbc.frontends.expert_capture import portable_experts
 from dlbc.frontends.expert_rows import NotByRow
@@ -88,11 +88,27 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
     capture = _Capture(model, signature, bound, named)
     with quiet(), torch.no_grad(), evaluating(model):
         capture.check()
-        program, sizes, static = capture.run(dynamic_axes(named, dynamic))
         try:
-            return _imported(capture, program, sizes, static, tuple(added))
+            return _read(capture, dynamic_axes(named, dynamic), tuple(added))
         except DlbcError as problem:
             raise elsewhere(problem, model) from problem.__cause__
+
+
+def _read(capture: _Capture, axes: Axes, added: tuple[str, ...]) -> Imported:
+    """The model with as many of these axes dynamic as its program can be read with."""
+    fixed: dict[str, str] = {}
+    while True:
+        program, sizes, static = capture.run(axes)
+        try:
+            return _imported(capture, program, sizes, fixed | static, added)
+        except IRError as problem:  # sizes that cannot be told apart from others, as those of chunks
+            fewer = _more_static(axes)
+            if fewer is None:
+                raise
+            for name, axis in _missing(axes, fewer):
+                fixed[f"{name}.{axis}"] = f"the captured program cannot be read with it dynamic: {brief(problem)}"
+                log.info("axis %d of input `%s` is static: %s", axis, name, fixed[f"{name}.{axis}"])
+            axes = fewer
 
 
 @dataclass
