@@ -18,10 +18,10 @@ from typing import ClassVar
 from dlbc.composite import Composite, resolve
 from dlbc.errors import InputError, RuleError, UnsupportedOpError
 from dlbc.ir.builder import Builder
-from dlbc.ir.core import Attr, Graph, Op, Rule, Section, Type, Value, Weight, values
+from dlbc.ir.core import Attr, Graph, Op, Operand, Rule, Section, Type, Value, Weight, values
 from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
-from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
+from dlbc.passes.carriers import MOVES, constant_operands, data_operands, explained_inputs
 from dlbc.passes.defer import of_targets
 from dlbc.passes.differences import with_references
 from dlbc.passes.expand import expand_rule, facts
@@ -189,10 +189,7 @@ class _Pairing:
         self._check_constants(op)
         rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op), sites=self.sites)
         definition = RULES[op.name, rule.name]
-        form = definition.form
-        if form == "any":
-            forms = {f for r in op.results for f, _ in self.contributions.get(r.name, ())}
-            form = "M" if forms == {"M"} else "R"
+        form = definition.form if definition.form != "any" else self._form(op)
         eps = dict(rule.params).get("eps", STABILISER)
         incoming = tuple(self._joined(r, form, eps) if r.name in self.contributions else None for r in op.results)
         trial, contributed = expand_rule(op, rule, incoming, self.facts, self.at.taken, form)
@@ -212,6 +209,28 @@ class _Pairing:
                               _reads(trial.ops, [contributed[i] for i, _ in targets], incoming), op.result.name))
         self._record_experts(op, {o.name: r for (_, o), r in zip(targets, results, strict=True)},
                              form, conserves=definition.conserves)
+
+    def _form(self, op: Op) -> Form:
+        """What an op that lets either form through is given: as it comes. Where a conversion is due, moves leave it to
+        the op before; others have it where that is one of relevance."""
+        forms = {f for r in op.results for f, _ in self.contributions.get(r.name, ())}
+        if len(forms) == 1 and (op.name in MOVES or "M" in forms):
+            return forms.pop()
+        if op.name in MOVES:
+            return "R"
+        return "R" if forms == {"R"} and self._asked(op.operands[0]) == "R" and not self.facts.reference else "M"
+
+    def _asked(self, operand: Operand) -> Form:
+        """The form that the op which makes a value is given; of inputs, relevance is what is wanted."""
+        op = self._definitions.get(operand.name) if isinstance(operand, Value) else None
+        while op is not None:
+            rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op), sites=self.sites)
+            form = RULES[op.name, rule.name].form
+            if form != "any":
+                return form
+            before = next((v for v in data_operands(op) if isinstance(v, Value)), None)
+            op = self._definitions.get(before.name) if before is not None else None
+        return "R"
 
     def _record_experts(self, op: Op, given: Mapping[str, Value], form: Form, *, conserves: bool) -> None:
         """Keep what the terms of a mixture get, `given` by the names of the op's operands."""

@@ -33,8 +33,9 @@ _BILINEAR = frozenset({"mul", "matmul", "einsum", "linear", "rotary",
 class Simplify(Pass):
     """Exact rewrites only: the rules of `canonicalise`, and zeros carried through moves, products and sums.
 
-    Reductions over axes of size 1 become reshapes, a slice of what a slice_adjoint put there is the thing
-    itself, `abs` of what is never negative goes. Nothing is fused and no sum is reordered.
+    Reductions over axes of size 1 become reshapes, a slice of what a slice_adjoint put there is the thing itself.
+    `abs` of what is never negative goes, and so does a ReLU's way back for what is 0 wherever the ReLU was. Nothing is
+    fused and no sum is reordered.
     """
 
     name: ClassVar[str] = "simplify"
@@ -119,7 +120,19 @@ def _where(op: Op, flow: Dataflow, at: Builder) -> Operand:
     return a if a == b and type_of(a) == op.result.type else None
 
 
+def _relu_adjoint(op: Op, flow: Dataflow, at: Builder) -> Operand:
+    """Of a product with what the ReLU gave: that is 0 there already."""
+    r, x = op.operands
+    product = flow.op(r, "mul")
+    for factor in product.operands if product is not None else ():
+        relu = flow.op(factor, "relu")
+        if relu is not None and x in (factor, *relu.operands) and type_of(r) == op.result.type:
+            return r
+    return None
+
+
 _RULES: dict[str, Callable[[Op, Dataflow, Builder], Operand]] = {
     "sum": _sum, "mean": _sum, "amax": _sum, "amin": _sum, "add": _add, "sub": _add, "slice": _slice,
     "select": _slice, "slice_adjoint": _slice_adjoint, "abs": _abs, "where": _where,
+    "relu_adjoint": _relu_adjoint,
 }

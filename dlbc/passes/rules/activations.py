@@ -15,14 +15,23 @@ UNARY = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "
 STEPS = ("floor", "ceil", "round", "sign")
 
 
-@rule((*UNARY, *STEPS), "identity", form="M")
+@rule("relu", "identity", form="any")
+def rectified(at: Expansion, op: Op, found: Value) -> Contributions:
+    """R_x = R_y where x > 0, else 0; M_x likewise.  Bach et al. 2015."""
+    passed = at.relu_adjoint(found, at.read(op.operands[0]))
+    if at.form == "R":
+        at.absorb("stabiliser", at.sub(found, passed))  # relevance of a 0, as if it had been divided by it
+    return only(op, 0, _narrowed(at, op, 0, passed))
+
+
+@rule([name for name in (*UNARY, *STEPS) if name != "relu"], "identity", form="M")
 def identity(at: Expansion, op: Op, m: Value) -> Contributions:
     """R_x = R_y; M_x = M_y f(x) / x, at x = 0 its limit where there is one.  Bach et al. 2015."""
     position = _carrying(at, op)
     x, y = at.read(op.operands[position]), at.read(op.result)
     if op.name == "prelu":
         return only(op, 0, at.mul(m, _prelu_slope(at, op, x)))
-    found = at.relu_adjoint(m, x) if op.name == "relu" else at.mul(m, slope(at, op.name, op.attrs, x, y))
+    found = at.mul(m, slope(at, op.name, op.attrs, x, y))
     if op.name not in CLOSED:
         at.absorb("stabiliser", at.sub(at.mul(at.finite(y), m), at.mul(at.finite(x), found)))
     return only(op, position, _narrowed(at, op, position, found))
