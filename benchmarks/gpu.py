@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "runtime")]
 
+from _gpu_models import (  # noqa: E402
+    bert,
+    gradient_of_texts,
+    gradient_of_tokens,
+    gradient_of_vectors,
+    llama,
+    resnet,
+    vit,
+)
 from _measure import machine, report  # noqa: E402
 
 import dlbc  # noqa: E402
@@ -34,7 +42,7 @@ FLOORS = {("dlb", 128): 2.84, ("dlb", 512): 11.25, ("attnlrp", 128): 2.76, ("att
 Row = dict[str, object]
 
 
-def timed(run: Callable[[], object], *, runs: int = 20, warmup: int = 3) -> float:
+def timed(run: Callable[[], object], *, runs: int = 20, warmup: int = 8) -> float:
     """Milliseconds of a call, the median of `runs`, measured by the device."""
     for _ in range(warmup):
         run()
@@ -61,58 +69,6 @@ def peak(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def llama(small: bool) -> nn.Module:
-    """The architecture of LLaMA-3.2-3B."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = ({"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
-                              "num_attention_heads": 4, "num_key_value_heads": 2} if small else
-                             {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
-                              "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
-                              "head_dim": 128, "max_position_embeddings": 16384})
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return model
-
-
-def gradient_of_tokens(model: Any, ids: Tensor) -> Callable[[], object]:
-    """Forward, and the gradient of the last token's largest logit by the embeddings."""
-    embed = model.get_input_embeddings()
-
-    def run() -> object:
-        with torch.enable_grad():
-            x = embed(ids).detach().requires_grad_(True)
-            logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits
-            logits[:, -1].max(-1).values.sum().backward()
-        model.zero_grad(set_to_none=True)
-        return x.grad
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return run
-
-
-def gradient_of_vectors(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Forward, and the gradient of the largest output by the input."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-    def run() -> object:
-        with torch.enable_grad():
-            given = x.detach().requires_grad_(True)
-            found = model(given)
-            logits = getattr(found, "logits", found)
-            logits.float().max(-1).values.sum().backward()
-        return given.grad
-
-    return run
-
-
 def measured(case: str, runs: Mapping[str, Callable[[], object]], **facts: object) -> Row:
     """One row: milliseconds and GiB of each way."""
     row: Row = {"case": case, **facts}
@@ -128,12 +84,12 @@ def measured(case: str, runs: Mapping[str, Callable[[], object]], **facts: objec
 
 def language(small: bool) -> list[Row]:
     """One explanation at 128 and 512 tokens."""
-    model, rows = llama(small), []
+    model, rows = llama("cuda", small=small), []
     for tokens in (128, 512):
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")  # type: ignore[union-attr]
         plain = gradient_of_tokens(model, ids)
         for rules in ("attnlrp", "dlb"):
-            ways = {backend: dlbc.compile(model, ids, rules=rules, backend=backend, cache=False)
+            ways = {backend: dlbc.compile(model, ids, rules=rules, backend=backend, cache=False, cuda_graphs=False)
                     for backend in ("triton", "torch")}
             ways["triton, graphs"] = ways["triton"].with_options(cuda_graphs=True)
             runs: dict[str, Callable[[], object]] = {
@@ -158,7 +114,7 @@ def experts(small: bool) -> list[Row]:
     rows = []
     for tokens in (1, 512):
         ids = torch.randint(0, 1000, (1, tokens), device="cuda")
-        ways = {backend: dlbc.compile(model, ids, rules="dlb", backend=backend, cache=False)
+        ways = {backend: dlbc.compile(model, ids, rules="dlb", backend=backend, cache=False, cuda_graphs=False)
                 for backend in ("triton", "torch")}
         ways["triton, graphs"] = ways["triton"].with_options(cuda_graphs=True)
         runs: dict[str, Callable[[], object]] = {
@@ -175,7 +131,7 @@ def lxt(small: bool) -> list[Row]:
     except ImportError as problem:
         return [{"case": "llama-3.2-3b, lxt", "skipped": str(problem)}]
     monkey_patch(modeling_llama)
-    model, rows = llama(small), []
+    model, rows = llama("cuda", small=small), []
     for tokens in (128, 512):
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")  # type: ignore[union-attr]
         rows.append(measured("llama-3.2-3b, lxt", {"lxt": gradient_of_tokens(model, ids)}, tokens=tokens))
@@ -184,9 +140,9 @@ def lxt(small: bool) -> list[Row]:
 
 def many_targets(small: bool) -> list[Row]:
     """64 targets at 512 tokens in one call, over 64 calls with one."""
-    model = llama(small)
+    model = llama("cuda", small=small)
     ids = torch.randint(0, model.config.vocab_size, (1, 512), device="cuda")  # type: ignore[union-attr]
-    explainer = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False)
+    explainer = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False, cuda_graphs=False)
     targets = list(range(64))
     return [measured("64 targets", {"one call": lambda: dict(explainer(ids, target=targets).relevance),
                                     "one of 64": lambda: dict(explainer(ids, target=0).relevance)}, tokens=512)]
@@ -194,45 +150,32 @@ def many_targets(small: bool) -> list[Row]:
 
 def long(small: bool) -> list[Row]:
     """8192 tokens: memory."""
-    model = llama(small)
+    model = llama("cuda", small=small)
     ids = torch.randint(0, model.config.vocab_size, (1, 8192), device="cuda")  # type: ignore[union-attr]
-    explainer = dlbc.compile(model, ids[:, :64], rules="dlb", backend="triton", cache=False)
+    explainer = dlbc.compile(model, ids[:, :64], rules="dlb", backend="triton", cache=False, cuda_graphs=False)
     return [measured("8k tokens", {"triton": lambda: dict(explainer(ids, target=7).relevance)}, tokens=8192)]
 
 
 def encoder(small: bool) -> list[Row]:
     """BERT-base, 32 texts of 128 tokens."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=2 if small else 12)).cuda().eval()
+    model = bert("cuda", small=small)
     ids = torch.randint(0, 1000, (32, 128), device="cuda")
-    embed = model.get_input_embeddings()
-
-    def gradient() -> object:
-        with torch.enable_grad():
-            x = embed(ids).detach().requires_grad_(True)
-            model(inputs_embeds=x).logits.max(-1).values.sum().backward()
-        return x.grad
-
-    ways = {b: dlbc.compile(model, ids, rules="attnlrp", backend=b, cache=False) for b in ("triton", "torch")}
+    gradient = gradient_of_texts(model, ids)
+    ways = {b: dlbc.compile(model, ids, rules="attnlrp", backend=b, cache=False, cuda_graphs=False)
+            for b in ("triton", "torch")}
     runs = {name: (lambda found=found: dict(found(ids, target=1).relevance)) for name, found in ways.items()}
     return [measured("bert-base", {**runs, "forward + gradient": gradient}, batch=32, tokens=128)]
 
 
 def pictures(small: bool) -> list[Row]:
     """ResNet-50 and ViT-B/16, 32 pictures."""
-    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
-
-    resnet, vit = ResNetConfig(num_labels=1000), ViTConfig(num_labels=1000)
-    if small:
-        resnet, vit = ResNetConfig(depths=[1, 1, 1, 1], num_labels=10), ViTConfig(num_hidden_layers=2, num_labels=10)
     rows, x = [], torch.randn(32, 3, 224, 224, device="cuda")
-    for name, model, rules in (("resnet-50", ResNetForImageClassification(resnet), "epsilon-plus"),
-                               ("vit-b-16", ViTForImageClassification(vit), "epsilon")):
-        model = model.cuda().eval()
+    for name, model, rules in (("resnet-50", resnet("cuda", small=small), "epsilon-plus"),
+                               ("vit-b-16", vit("cuda", small=small), "epsilon")):
         plain = gradient_of_vectors(model, x)
         compiled = gradient_of_vectors(torch.compile(model), x)  # type: ignore[arg-type]
-        ways = {b: dlbc.compile(model, x, rules=rules, backend=b, cache=False) for b in ("triton", "torch")}
+        ways = {b: dlbc.compile(model, x, rules=rules, backend=b, cache=False, cuda_graphs=False)
+                for b in ("triton", "torch")}
         runs: dict[str, Callable[[], object]] = {
             key: (lambda found=found: dict(found(x, target=1).relevance)) for key, found in ways.items()}
         rows.append(measured(name, {**runs, "forward + gradient": plain, "torch.compile": compiled}, rules=rules,
@@ -243,11 +186,11 @@ def pictures(small: bool) -> list[Row]:
 def tuned(small: bool) -> list[Row]:
     """Tiles by measuring beside those of the estimate, for one explanation at 512 tokens: what they are worth, and how
     long measuring takes."""
-    model = llama(small)
+    model = llama("cuda", small=small)
     ids = torch.randint(0, model.config.vocab_size, (1, 512), device="cuda")  # type: ignore[union-attr]
-    plain = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False)
+    plain = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False, cuda_graphs=False)
     before = time.perf_counter()
-    measured_tiles = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False, tune=True)
+    measured_tiles = dlbc.compile(model, ids, rules="dlb", backend="triton", cache=False, cuda_graphs=False, tune=True)
     seconds = time.perf_counter() - before
     ways = {name: found.with_options(cuda_graphs=True) for name, found in
             (("estimate", plain), ("measured", measured_tiles))}
@@ -259,15 +202,11 @@ def tuned(small: bool) -> list[Row]:
 
 def trials(small: bool) -> list[Row]:
     """What `backend="auto"` chooses, and the largest difference that it saw."""
-    from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
-
-    layers = 2 if small else 12
     ids, x = torch.randint(0, 1000, (2, 128), device="cuda"), torch.randn(2, 3, 224, 224, device="cuda")
-    bert, resnet = BertForSequenceClassification(BertConfig(num_hidden_layers=layers)), ResNetForImageClassification(
-        ResNetConfig(num_labels=10))
     rows: list[Row] = []
-    for name, model, given in (("llama-3.2-3b", llama(small), ids), ("bert-base", bert.cuda().eval(), ids),
-                               ("resnet-50", resnet.cuda().eval(), x)):
+    for name, model, given in (("llama-3.2-3b", llama("cuda", small=small), ids),
+                               ("bert-base", bert("cuda", small=small), ids),
+                               ("resnet-50", resnet("cuda", small=small), x)):
         for rules in ("auto", "dlb"):
             explainer = dlbc.compile(model, given, rules=rules, cache=False)
             rows.append({"case": f"{name}, auto", "rules": rules, "backend": explainer.manifest.backend,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dlbc.compiler import compile_now
 from dlbc.errors import InputError
 from dlbc.gpu import choose
-from dlbc.options import Options
-from dlbc_runtime.cuda_graphs import require
+from dlbc.options import PRECISIONS, Options
+from dlbc_runtime.cuda_graphs import check, require
 from dlbc_runtime.memory import as_bytes
 from dlbc_runtime.program import Variant
 from dlbc_runtime.reference import Reference
@@ -31,7 +31,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
             output: str = "", fallback: str | None = None, cache: bool = True, verify: bool = True,
             dump: str | os.PathLike[str] | None = None, reference: object = None,
             memory_budget: int | str | None = None, checkpoint: bool = False, precompute: str = "auto",
-            target: str | None = None, precision: str = "ieee", cuda_graphs: bool = False,
+            target: str | None = None, precision: str = "auto", cuda_graphs: bool | str = "auto",
             tune: bool = False) -> Explainer:
     """Compile a model into an explainer.
 
@@ -42,8 +42,8 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `docs/triton.md`), or "auto": torch; for a model on an NVIDIA GPU Triton, where its kernels, tried once on the
     example inputs, give what torch gives (`explainer.plan()` says what was seen).
     `target`: the architecture that Triton's kernels are written for: "sm_80", "sm_86", "sm_89" or "sm_90"; default:
-    that of the GPU the model is on. `precision`: how they multiply float32 numbers: "ieee", "tf32x3" (as exact, nearly)
-    or "tf32" (10 bits).
+    that of the GPU the model is on. `precision`: how they multiply float32 numbers: "ieee", "tf32x3" (nearly as
+    exact), "tf32" (10 bits); "auto" is "ieee", and relevance that meets weights of 16 bits has as many digits as these.
     `dynamic`: batch and sequence may change from call to call; or the axes of each input that may.
     `explain`: names of the inputs to explain (default: all but those called mask, or integer positions).
     `keep`, `output`: defaults for calls.
@@ -56,8 +56,9 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     batch and of many targets, and compute forward values again, as far as needed. `checkpoint`: always compute them
     again (`docs/memory.md`).
     `cuda_graphs`: for shapes that come again, have an NVIDIA GPU run each pass as one graph, instead of launching its
-    kernels one by one. Up to four shapes keep the memory of their passes (`docs/triton.md`).
-    `tune`: measure on the GPU which tiles of products are fastest for inputs of these sizes, once: what was measured is
+    kernels one by one. "auto": where that gives the same numbers, within a sixteenth of the GPU's memory and not within
+    a `memory_budget`. True: within any memory, and an error where there can be none. False: never (`docs/triton.md`).
+    `tune`: measure on the GPU which tiles of kernels are fastest for inputs of these sizes, once: what was measured is
     kept for later compiles, and is used by them without it (`docs/triton.md`). It takes minutes for a large model.
     `precompute`: which parts of weights that rules need, such as |W|, are kept from call to call (as much memory as the
     weights they are made of, `explainer.memory().between`): "auto", those of layers with one row for each row of a
@@ -74,14 +75,15 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
         raise InputError(f"precompute={precompute!r}", hint='"auto", "never" or "always"')
     dump_to = os.fspath(dump) if dump else os.environ.get("DLBC_DUMP")
     explained = (explain,) if isinstance(explain, str) else tuple(explain)
-    if precision not in ("ieee", "tf32x3", "tf32"):
-        raise InputError(f"precision={precision!r}", hint='"ieee", "tf32x3" or "tf32"')
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
     choice = choose(model, backend, target)
     options = Options(rules, choice.backend, dynamic, explained, fallback, dump_to,
                       None if reference is None else Reference.of(reference), precompute, choice.target, precision)
     default = Variant(keep=keep, output=output, checkpoint=checkpoint)
     budget = None if memory_budget is None else as_bytes(memory_budget)
-    if cuda_graphs:
+    check(cuda_graphs)
+    if cuda_graphs is True:
         require(choice.backend, dict(model.named_parameters()), budget)
 
     if tune:
@@ -108,7 +110,7 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     explainer.check(*args, **kwargs)
     if explainer.manifest.backend == "triton":
         explainer = _with_measured_tiles(explainer, model, args, kwargs, measure=tune, cache=cache, budget=budget)
-    if budget is None and not cuda_graphs:
+    if budget is None and cuda_graphs == "auto":
         return explainer
     return explainer.with_options(memory_budget=budget, cuda_graphs=cuda_graphs)
 

@@ -176,7 +176,7 @@ def lowering(options: Options, *, ledger: bool, checkpoint: bool = False) -> tup
             EliminateDead(), StreamAttention(),
             *(() if options.backend == "triton" else (GuardDenominators(),)),  # kernels guard in registers
             *((Checkpoint(),) if checkpoint else ()),
-            *(() if options.backend == "triton" else (Recompute(),)), Outline())
+            Recompute(kernels=options.backend == "triton"), Outline())
 
 
 def describe(source: Source, paired: Graph, graph: Graph, backend: str, output: str) -> Manifest:

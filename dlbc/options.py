@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 
+PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
+"""How kernels may multiply numbers of which one is float32; "auto": float32 by float32 as "ieee", and what meets
+weights of 16 bits in as many digits as these have."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to compile: all that changes the program besides the model and its inputs."""
@@ -32,8 +37,8 @@ class Options:
     """Which parts of weights that rules need (|W|, say) are kept between calls: "auto", "never", "always"."""
     target: str = ""
     """The GPU architecture that kernels are written for ("sm_90"), of the backends that write some."""
-    precision: str = "ieee"
-    """How kernels multiply float32 numbers: "ieee", "tf32x3" or "tf32"."""
+    precision: str = "auto"
+    """How kernels multiply float32 numbers: one of `PRECISIONS`."""
 
     @property
     def composite(self) -> Composite:

@@ -228,8 +228,9 @@ def numbers(explainer: Explainer, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def quiet(explainer: Explainer) -> Explainer:
-    """The same explainer, which says nothing in its calls, and keeps to itself what it learns in them."""
-    other = explainer.with_options()
+    """The same explainer, which says nothing in its calls, and keeps to itself what it learns in them; kernels are
+    launched one by one."""
+    other = explainer.with_options(cuda_graphs=False)
     other._said = _Everything()
     return other
 

@@ -1,7 +1,7 @@
-"""Tiles of products by measuring: `tune=True` measures those that a model needs, other compiles take what it found.
+"""Tiles by measuring: `tune=True` measures those of the kernels that a model needs, other compiles take what it found.
 
-Every product chooses among a few tiles by its number of rows (`backends/triton/tiles.py`), by an estimate. Measuring
-runs whole passes, in each of which all products take their first, second, ... candidate in turn, so that what else the
+Every kernel chooses its tile by a size from a table that an estimate wrote (`backends/triton/choices.py`). Measuring
+runs whole passes, in each of which all kernels take their first, second, ... candidate in turn, so that what else the
 GPU does is the same for all. Choices are kept beside compiled explainers, by the kernel's text, the GPU and Triton's
 version.
 """
@@ -15,13 +15,12 @@ import logging
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 from dlbc import gpu, notes
-from dlbc.backends.triton.config import device
-from dlbc.backends.triton.emit import products
-from dlbc.backends.triton.tiles import BOUNDS, Tile, bound_of, candidates, table
+from dlbc.backends.triton.choices import Options, at, bound_of, bounds, legal, lines, measured, table
+from dlbc.backends.triton.emit import choices
 from dlbc.errors import InputError
 from dlbc.ir.parser import parse_graph
 from dlbc.trial import apart, numbers, quiet, tolerance
@@ -33,22 +32,24 @@ log = logging.getLogger(__name__)
 ROUNDS = 7
 """How often each candidate is measured."""
 FLUSHED = 256 * 2**20
-"""Bytes written before each measured kernel: its weights are then not in the GPU's cache, as in a model, and the GPU is
-busy while it is launched."""
+"""Bytes written before each measured kernel: what it reads is then not in the GPU's cache, and the GPU is busy while it
+is launched."""
+COLD = ("gemm", "grouped")
+"""Kinds of kernels of which most of what they read, weights, is not in the cache in a model either. What others read
+has just been written."""
 
 _TABLE = re.compile(r"^(?P<name>\w+)_tiles = (?P<table>\(\n.*?^\))\n", re.MULTILINE | re.DOTALL)
-_LEGAL = {"rows": 1024, "columns": 1024, "depth": 1024, "warps": 32, "stages": 16}
-"""The most that a stored number may be."""
 
-Choices = dict[str, dict[str, Tile]]
-"""The tile of a kernel (by `key_of`) for a bound ("16", ..., "None")."""
+Choices = dict[str, dict[str, Options]]
+"""What is measured of the tile of a kernel (by `key_of`) for a bound ("16", ..., "None")."""
 
 
 class Clock(Protocol):
     """Measures what it runs."""
 
-    def time(self, run: Callable[[], None]) -> Callable[[], float]:
-        """Run something; what it returns says later how many milliseconds that took."""
+    def time(self, run: Callable[[], None], *, cold: bool) -> Callable[[], float]:
+        """Run something; what it returns says later how many milliseconds that took. `cold`: while what it reads is not
+        in the cache."""
 
 
 class Events:
@@ -60,11 +61,14 @@ class Events:
         self.where, self.cuda = where, cast(Any, torch.cuda)
         self.flushed = torch.empty(FLUSHED, dtype=torch.int8, device=where)
 
-    def time(self, run: Callable[[], None]) -> Callable[[], float]:
-        """By events before and after, on the present stream."""
+    def time(self, run: Callable[[], None], *, cold: bool) -> Callable[[], float]:
+        """By events before and after, on the present stream. What is not `cold` runs once before: kernels write the
+        same again."""
         with self.cuda.device(self.where):
             start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
             self.flushed.zero_()
+            if not cold:
+                run()
             start.record()
             run()
             end.record()
@@ -115,20 +119,20 @@ def tune(explainer: Explainer, model: Any, args: tuple[Any, ...], kwargs: Mappin
         with explainer._engine.running():  # out of memory says what to lower
             clock = Events(where)
         for (name, bound), (tile, taken) in measuring.fastest(wanted, right, clock).items():
-            known.setdefault(measuring.keys[name], {})[str(bound)] = tile
-            log.info("%s, up to %s rows: %s, %.4f ms on %s", name, bound or "any", tile, taken, facts["gpu"])
+            known.setdefault(measuring.keys[name], {})[str(bound)] = measured(name, tile)
+            log.info("%s, up to %s: %s, %.4f ms on %s", name, bound or "any", tile, taken, facts["gpu"])
         if keep:
             _write(_note(facts), known)
     return with_tiles(explainer, known, facts["gpu"])
 
 
 Spot = tuple[str, "int | None"]
-"""A kernel, and the bound of its rows."""
+"""A kernel, and the bound of its size."""
 
 
 @dataclass
 class Measuring:
-    """The module of an explainer's default program while its products are measured."""
+    """The module of an explainer's default program while its kernels are measured."""
 
     explainer: Explainer
     spots: dict[Spot, None] = field(default_factory=dict)
@@ -143,16 +147,16 @@ class Measuring:
         program = self.explainer.program_of(self.explainer.default)
         self.module: Any = self.explainer._load(self.explainer.default).module
         graph = parse_graph(program.ir["fused"])
-        self.where = device(str(graph.attrs["target"]).removeprefix("triton:"))
-        self.products = products(graph)
-        self.keys = {name: key_of(program.source, name) for name in self.products}
-        self.tables = {id(getattr(self.module, f"{name}_tiles")): name for name in self.products}
-        self.found: dict[Spot, list[Tile]] = {}
+        self.choices = choices(graph)
+        self.keys = {name: key_of(program.source, name) for name in self.choices}
+        self.tables = {id(getattr(self.module, f"{name}_tiles")): name for name in self.choices}
+        self.found: dict[Spot, list[Options]] = {}
+        self.only: set[Spot] | None = None
         self.chosen, self.launch = self.module.chosen, self.module.launch
         self.last: tuple[Spot, int] | None = None
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], budget: int | None) -> tuple[Any, Any]:
-        """Run once as ever, and note what products are run with how many rows; the numbers, and what they explain."""
+        """Run once as ever, and note what kernels are run for what sizes; the numbers, and what they explain."""
         self.module.chosen = self.choose
         try:
             return numbers(self.explainer, args, kwargs, None, budget)
@@ -160,21 +164,18 @@ class Measuring:
             self.module.chosen = self.chosen
 
     def fastest(self, wanted: Sequence[Spot], right: Callable[[], bool], clock: Clock
-                ) -> dict[Spot, tuple[Tile, float]]:
+                ) -> dict[Spot, tuple[Options, float]]:
         """The fastest tile of each spot that is wanted, and its milliseconds in a call. `right` runs the inputs once
-        and tells whether the numbers are as before: candidates of a round that changed them are left."""
-        self.found = {spot: candidates(self.where, self.products[spot[0]], spot[1]) for spot in wanted}
+        and tells whether the numbers are as before: candidates that changed them are left."""
+        self.found = {spot: self.choices[spot[0]].candidates(spot[1]) for spot in wanted}
         self.module.chosen, self.module.launch = self.choose, self.run
         times: dict[tuple[Spot, int], list[float]] = {}
         good = []
         try:
             for number in range(max(map(len, self.found.values()))):  # compiles, and warms up
                 self.round = number
-                if right():
+                if self.tried(number, right):
                     good.append(number)
-                else:
-                    log.warning("tiles number %d of %s change the numbers: they are left", number,
-                                self.explainer.manifest.model)
             self.clock = clock
             for _ in range(ROUNDS):
                 for number in good:
@@ -184,27 +185,58 @@ class Measuring:
                         times.setdefault(taken, []).append(sum(read() for read in readings))
         finally:
             self.module.chosen, self.module.launch = self.chosen, self.launch
-        best: dict[Spot, tuple[Tile, float]] = {}
+        best: dict[Spot, tuple[Options, float]] = {}
         for (spot, number), each in times.items():
             middle = statistics.median(each)
             if spot not in best or middle < best[spot][1]:
                 best[spot] = self.found[spot][number], middle
         return best
 
-    def choose(self, rows_tiles: Any, rows: int) -> dict[str, Any]:
+    def tried(self, number: int, right: Callable[[], bool]) -> bool:
+        """Whether the numbers are right with the candidates of a round, but for those that change them alone: these are
+        left."""
+        if self.compiled(right):
+            return True
+        wrong = self.wrong([spot for spot, found in self.found.items() if number < len(found)], right)
+        self.only = None
+        self.failed |= {(spot, number) for spot in wrong}
+        names = ", ".join(sorted({name for name, _ in wrong})) or "all kernels"
+        log.warning("tiles number %d of %s (%s) change the numbers: they are left", number, names,
+                    self.explainer.manifest.model)
+        return bool(wrong) and self.compiled(right)
+
+    def wrong(self, spots: list[Spot], right: Callable[[], bool]) -> list[Spot]:
+        """Those of which the candidates of this round change the numbers, found by halves."""
+        self.only = set(spots)
+        if not spots or self.compiled(right):
+            return []
+        half = len(spots) // 2
+        return spots if not half else [*self.wrong(spots[:half], right), *self.wrong(spots[half:], right)]
+
+    def compiled(self, right: Callable[[], bool]) -> bool:
+        """Whether the numbers are right, when all has run: ops in place of a kernel that does not compile hide what
+        else is launched for them."""
+        while True:
+            failed = len(self.failed)
+            found = right()
+            if len(self.failed) == failed:
+                return found
+
+    def choose(self, tiles: Any, size: int) -> dict[str, Any]:
         """In place of the module's `chosen`: the candidate of this round."""
         self.last = None
-        name = self.tables.get(id(rows_tiles))
+        name = self.tables.get(id(tiles))
         if name is None:
-            return dict(self.chosen(rows_tiles, rows))
-        spot = (name, bound_of(rows))
+            return dict(self.chosen(tiles, size))
+        spot = (name, bound_of(size))
         self.spots[spot] = None
         found = self.found.get(spot)
         if found is None:
-            return dict(self.chosen(rows_tiles, rows))
-        number = self.round if self.round < len(found) and (spot, self.round) not in self.failed else 0
+            return dict(self.chosen(tiles, size))
+        taken = self.round < len(found) and (spot, self.round) not in self.failed
+        number = self.round if taken and (self.only is None or spot in self.only) else 0
         self.last = spot, number
-        return dict(ast.literal_eval(found[number].options()))
+        return dict(found[number])
 
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """In place of the module's `launch`: measures, and notes candidates that do not compile."""
@@ -219,7 +251,8 @@ class Measuring:
             if self.clock is None:
                 run(kernel, grid, args, meta)
             else:
-                self.readings.setdefault(last, []).append(self.clock.time(lambda: run(kernel, grid, args, meta)))
+                taken = self.clock.time(lambda: run(kernel, grid, args, meta), cold=last[0][0].startswith(COLD))
+                self.readings.setdefault(last, []).append(taken)
         except KernelError:
             log.info("a candidate of %s does not compile: %s", last[0], meta)
             self.failed.add(last)
@@ -247,7 +280,7 @@ def with_tiles(explainer: Explainer, choices: Choices, where: str) -> Explainer:
         other._build = lambda variant: _changed(build(variant), choices)
     if recompile is not None:
         other._recompile = lambda args, kwargs: with_tiles(recompile(args, kwargs), choices, where)
-    said = f"tiles of {used} products were measured on {where}"
+    said = f"tiles of {used} kernels were measured on {where}"
     old = explainer.recipe.get("notes")
     other._recipe["notes"] = [*(note for note in (old if isinstance(old, list) else ()) if note != said), said]
     return other
@@ -263,19 +296,11 @@ def _changed(program: Program, choices: Choices) -> Program:
         own = choices.get(key_of(program.source, found["name"]))
         if own is None:
             return found[0]
-        rows = [_tile_at(found["table"], bound if at < len(BOUNDS) - 1 else None) for at, bound in enumerate(BOUNDS)]
-        chosen = [own.get(str(bound if at < len(BOUNDS) - 1 else None), rows[at]) for at, bound in enumerate(BOUNDS)]
-        lines = "".join(f"    ({bound}, {tile.options()}),\n" for bound, tile in table(chosen))
-        return f"{found['name']}_tiles = (\n{lines})\n"
+        rows = ast.literal_eval(found["table"])
+        chosen = table([{**at(rows, bound), **own.get(str(bound), {})} for bound in bounds()])
+        return f"{found['name']}_tiles = (\n{lines(chosen)})\n"
 
     return replace(program, source=_TABLE.sub(written, program.source))
-
-
-def _tile_at(text: str, bound: int | None) -> Tile:
-    """The tile that a table has for a bound."""
-    rows = ast.literal_eval(text)
-    own = next(tile for most, tile in rows if most is None or (bound is not None and bound <= most))
-    return Tile(own["BM"], own["BN"], own["BK"], own["num_warps"], own["num_stages"])
 
 
 def _note(facts: Mapping[str, str]) -> str:
@@ -284,13 +309,12 @@ def _note(facts: Mapping[str, str]) -> str:
 
 
 def _read(name: str) -> Choices:
-    """What was measured. Tiles become code, so they are five small numbers or nothing."""
+    """What was measured. Tiles become code, so they are small numbers that are legal for the kernel, or nothing."""
     found: Choices = {}
     for key, own in notes.read(name).items():
         for bound, tile in (own.items() if isinstance(own, dict) else ()):
-            if isinstance(tile, dict) and tile.keys() == _LEGAL.keys() and all(
-                    type(n) is int and 1 <= n <= _LEGAL[part] for part, n in tile.items()):
-                found.setdefault(key, {})[bound] = Tile(**tile)
+            if legal(key, tile):
+                found.setdefault(key, {})[bound] = tile
     return found
 
 
@@ -299,8 +323,7 @@ def _write(name: str, choices: Choices) -> None:
     merged = _read(name)
     for key, own in choices.items():
         merged[key] = {**merged.get(key, {}), **own}
-    notes.write(name, {key: {bound: {each.name: getattr(tile, each.name) for each in fields(tile)}
-                             for bound, tile in own.items()} for key, own in merged.items()})
+    notes.write(name, merged)
 
 
 def _on_gpu(model: Any) -> bool:

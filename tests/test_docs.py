@@ -160,6 +160,14 @@ def test_the_table_of_costs_is_what_was_measured() -> None:
     assert script["page"](text, script["measured"]()) == text, "run `python benchmarks/tables.py`"
 
 
+@pytest.mark.parametrize("name", ["products", "cost_compiled", "budget", "experts"])
+def test_tables_in_the_docs_are_what_was_measured(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    shown = script["PAGE"].read_text(encoding="utf-8").partition(script["BEGIN"] + "\n")[2].partition(script["END"])[0]
+    rows = script["kept"](name)["rows"]
+    assert rows and shown == script["table"](rows), f"run `python benchmarks/{name}.py --table`"
+
+
 def test_the_table_of_costs() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     numbers = {"median": 1.2, "min": 1.1, "max": 1.456, "memory ratio": 1.3, "target": 1.5}

@@ -31,7 +31,7 @@ from tests.random_graphs import Model, models
 
 PASSES: dict[str, tuple[Pass, ...]] = {
     "read_rectified": (ReadRectified(),), "recompute": (Recompute(least=1),),
-    "longer": (Recompute(least=1, longest=9),),
+    "longer": (Recompute(least=1, longest=9),), "kernels": (Recompute(least=1, kernels=True),),
     "both": (ReadRectified(), Recompute(least=1)), "blocks": (Checkpoint(every=2), Recompute(least=1))}
 
 

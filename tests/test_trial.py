@@ -104,8 +104,11 @@ def test_a_gpu_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda where: contextlib.nullcontext())
     clock = Events(torch.device("cpu"))
     monkeypatch.setattr(clock, "flushed", Flushed(asked))
-    taken = clock.time(lambda: asked.append("run"))
+    taken = clock.time(lambda: asked.append("run"), cold=True)
     assert asked == ["flush", "record", "run", "record"] and taken() == 2.5 and asked[-1] == "synchronize"
+    asked.clear()
+    assert clock.time(lambda: asked.append("run"), cold=False)() == 2.5
+    assert asked == ["flush", "run", "record", "run", "record", "synchronize"]  # what it reads is in the cache
 
 
 class Flushed:

@@ -25,7 +25,7 @@ GROUPS = {
     "graphs": "test_random_graphs",
     "mlp and cnn": "test_presets and (mlp or cnn)",
     "transformers": "test_presets and (transformer or llama)",
-    "whole": "float16 or explainer or strides or wide or compile",
+    "whole": "float16 or explainer or strides or wide or compile or again",
 }
 
 
@@ -125,6 +125,18 @@ def test_a_driver_that_is_too_old_is_said() -> None:
     with pytest.raises(InputError, match="driver is too old"):
         _is_compilation(RuntimeError("Triton Error [CUDA]: the PTX was compiled with an unsupported toolchain."))
     assert not _is_compilation(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize(("dtype", "precision", "dots", "way"), [
+    (torch.bfloat16, "auto", 3, ""), (torch.bfloat16, "ieee", 4, ""), (torch.float16, "auto", 3, "tf32"),
+    (torch.float16, "ieee", 3, "tf32x3"), (torch.float32, "auto", 3, "ieee"), (torch.float32, "tf32", 3, "tf32")])
+def test_how_relevance_meets_weights(dtype: torch.dtype, precision: str, dots: int, way: str) -> None:
+    """z and |W||x| of one layer, and |W| relevance: that as one product by default, exact where it is asked for."""
+    model, x = nn.Linear(64, 64).eval().to(dtype), torch.zeros(8, 64, dtype=dtype)
+    source = dlbc.compile(model, x, rules="dlb", backend="triton", target="sm_90", precision=precision, cache=False,
+                          precompute="never").source
+    assert source.count("tl.dot(") == dots
+    assert source.count(f'input_precision="{way}"') == (0 if not way else 3 if dtype == torch.float32 else 1)
 
 
 def test_a_saved_explainer_has_its_kernels(tmp_path: Path) -> None:

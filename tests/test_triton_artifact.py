@@ -21,15 +21,22 @@ from torch import nn
 
 import dlbc
 import dlbc_runtime
-from dlbc.backends.triton.emit import emit
+from dlbc import tuning
+from dlbc.backends.triton.choices import at, measured
+from dlbc.backends.triton.emit import choices, emit
 from dlbc.backends.triton.record import kernels_of, recorded
+from dlbc.compiler import FUSE
 from dlbc.errors import ArtifactError, InputError
+from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
+from dlbc.passes import run
+from dlbc.passes.fuse_attention import FuseAttention
 from dlbc_runtime import triton_store
 from dlbc_runtime.artifact import MANIFEST, read
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Program
 from tests.test_triton_grouped import fused, layer
+from tests.triton_attention_runs import graph_of
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="nothing is compiled")
@@ -124,6 +131,36 @@ def test_kernels_of_experts_are_stored() -> None:
     for rows, seeds in ((1, 1), (2, 1), (37, 5), (256, 1), (2000, 3), (6, 64)):
         gpu.ready(experts, N=rows, S=seeds)
     assert not gpu.compiled and {name.split("_")[0] for name in gpu.found} == {"grouped", "elementwise"}
+
+
+NORM = """
+graph @rows(B: 1..64) {target="triton:sm_90"}
+weights { @n : f16[100] }
+forward(%x : f16[B,100]) {
+  %y = rms_norm(%x, @n) : f16[B,100]
+  return %y
+}"""
+
+
+@pytest.mark.parametrize("kind", ["model", "row", "attention"])
+def test_all_tiles_of_all_kinds_of_kernels_are_stored(kind: str) -> None:
+    """Those for small sizes, and those for large ones, where measuring found them to differ."""
+    source = program(compiled())
+    if kind != "model":
+        graph = run(graph_of({"case": "self_causal", "rule": "attnlrp", "sizes": [], "seeds": 1, "dtype": "bf16",
+                              "width": 64}), [FuseAttention()]) if kind == "attention" else run(parse_graph(NORM), FUSE)
+        graph = graph.with_attrs(target="triton:sm_90")
+        source = replace(source, source=emit(graph), ir={"fused": print_graph(graph)})
+    found = choices(parse_graph(source.ir["fused"]))
+    assert {name.split("_")[0] for name in found} == ({"gemm", "elementwise"} if kind == "model" else {kind})
+    last = {name: choice.candidates(16)[-1] for name, choice in found.items()}
+    changed = tuning._changed(source, {tuning.key_of(source.source, name): {"16": measured(name, tile)}
+                                       for name, tile in last.items()})
+    launched = [(one.kernel.__name__, one.meta) for one in recorded(changed)]
+    assert {name for name, _ in launched} == set(found)
+    for name, choice in found.items():
+        for tile in (last[name], at(choice.table, 32), at(choice.table, None)):
+            assert any(other == name and tile.items() <= meta.items() for other, meta in launched), (name, tile)
 
 
 def test_without_trust_no_machine_code_is_taken(saved: Path) -> None:

@@ -6,6 +6,8 @@ Modules run on tensors without memory (`meta`) while launches are recorded; each
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,14 +17,20 @@ from torch import nn
 
 import dlbc
 from dlbc.backends.triton.config import DEVICES, device
+from dlbc.backends.triton.emit import choices, emit
 from dlbc.backends.triton.record import _tiled
-from dlbc.ir.core import Type
+from dlbc.compiler import FUSE
+from dlbc.ir.core import Graph, Type
 from dlbc.ir.dims import evaluate
 from dlbc.ir.parser import parse_graph
+from dlbc.passes import run
+from dlbc.passes.fuse_attention import FuseAttention
 from dlbc_runtime.explainer import Explainer
+from dlbc_runtime.module import load_module
 from dlbc_runtime.triton_compile import Facts, compiled, distinct
 from dlbc_runtime.triton_launch import Launch, recording
 from tests.test_reference import DTYPES
+from tests.triton_attention_runs import graph_of
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="nothing is compiled")
@@ -59,7 +67,7 @@ def llama(dtype: torch.dtype) -> nn.Module:
 
 
 @cache
-def of_llama(rules: str, target: str, dtype: torch.dtype, precision: str = "ieee") -> list[Launch]:
+def of_llama(rules: str, target: str, dtype: torch.dtype, precision: str = "auto") -> list[Launch]:
     explainer = dlbc.compile(llama(dtype), torch.zeros(1, 128, dtype=torch.long, device="meta"), rules=rules,
                              backend="triton", target=target, precision=precision, cache=False)
     return launches(explainer, {"B": 1, "T": 128, "S": 1, "P": 1, "K": 1})
@@ -103,8 +111,8 @@ def extremes(found: list[Launch]) -> list[Launch]:
 
 
 @pytest.mark.parametrize(("dtype", "precision", "cores"), [
-    (torch.float16, "ieee", True), (torch.float32, "tf32", True), (torch.float32, "tf32x3", True),
-    (torch.float32, "ieee", False)])
+    (torch.bfloat16, "ieee", True), (torch.float16, "ieee", True), (torch.float16, "auto", True),
+    (torch.float32, "tf32", True), (torch.float32, "tf32x3", True), (torch.float32, "auto", False)])
 def test_element_types_and_precision(dtype: torch.dtype, precision: str, cores: bool) -> None:
     """Products of float32 numbers are exact, without tensor cores, unless the user says otherwise."""
     for one in extremes(of_llama("dlb", "sm_90", dtype, precision)):
@@ -128,6 +136,74 @@ def test_every_tile_of_float32_products(target: str, precision: str) -> None:
         facts = compiled(one, where.kind, where.arch, where.warp)
         assert facts.shared <= where.shared and facts.tensor_cores == (precision != "ieee")
         assert facts.stack <= (32 if facts.registers <= 128 else 0), (facts.name, facts.stack, dict(one.meta))
+
+
+class Normed(nn.Module):
+    """A kernel of rows, of pointwise ops, and of a product whose numbers are not multiples of its tile's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.RMSNorm(3072), nn.Linear(3072, 200)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(self.norm(x) * torch.sigmoid(x))
+        return out
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_tile_that_may_be_measured(target: str) -> None:
+    """Of rows, of pointwise ops and (a part) of attention; products' are above. Whether they spill, measuring sees."""
+    with torch.device("meta"):
+        explainer = dlbc.compile(Normed().eval(), torch.zeros(2, 3072), rules="attnlrp", backend="triton",
+                                 target=target, cache=False)
+    fused = attention(target)
+    found = {**choices(parse_graph(explainer.ir("fused"))), **choices(fused)}
+    kinds = []
+    for one in [*launches(explainer, {"B": 8, "S": 3}), *attention_launches(fused)]:
+        kind, _, rest = one.kernel.__name__.partition("_")
+        if kind != "gemm" and (kind, rest[9:]) not in kinds:
+            kinds.append((kind, rest[9:]))
+            for tile in found[one.kernel.__name__].candidates(256)[::3 if kind == "attention" else 1]:
+                changed = replace(one, meta={**one.meta, **tile})
+                facts = compiled(changed, "cuda", device(target).arch, 32)
+                assert facts.shared <= device(target).shared, (one.kernel.__name__, tile)
+    assert sorted(kinds) == [("attention", "keys"), ("attention", "rows"), ("elementwise", ""), ("row", "")]
+
+
+def attention(target: str) -> Graph:
+    """The relevance of causal attention in bfloat16."""
+    graph = graph_of({"case": "self_causal", "rule": "attnlrp", "sizes": [], "seeds": 1, "dtype": "bf16", "width": 64})
+    return run(graph, [FuseAttention()]).with_attrs(target=f"triton:{target}")
+
+
+def attention_launches(graph: Graph) -> list[Launch]:
+    """Its launches."""
+    from dlbc.backends.triton.record import _launches
+
+    return _launches(graph, load_module(emit(graph), "attention"), {"B": 2, "T": 512, "S": 2})
+
+
+def test_a_tile_that_a_kernel_is_not_written_for_does_not_compile() -> None:
+    """Where it does not look for an end, blocks have to divide what it works on."""
+    graph = parse_graph("""
+        graph @both(B: 1..8) {target="triton:sm_90"}
+        weights { @w : f16[64,3072] }
+        forward(%x : f16[B,3072]) {
+          %e = exp(%x) : f16[B,3072]
+          %y = mul(%e, %x) : f16[B,3072]
+          %z = linear(%x, @w) : f16[B,64]
+          return %y, %z
+        }""")
+    module = load_module(emit(run(graph, FUSE)), "both")
+    x, w = (torch.empty(n, 3072, dtype=torch.float16, device="meta") for n in (3, 64))
+    with recording() as found:
+        module.forward({"w": w}, module.prepare({"w": w}), x)
+    wrong = {"gemm": {"BK": 2048}, "elementwise": {"BN": 2048}}
+    assert {one.kernel.__name__.split("_")[0] for one in found.launches} == wrong.keys()
+    for one in found.launches:
+        tile = wrong[one.kernel.__name__.split("_")[0]]
+        with pytest.raises(Exception, match=r"static_assert|Static assertion|CompileTimeAssertion"):
+            compiled(replace(one, meta={**one.meta, **tile}), "cuda", 90, 32)
 
 
 def test_an_amd_gpu_is_compiled_for() -> None:
@@ -160,8 +236,8 @@ def test_the_tile_follows_the_number_of_rows() -> None:
     source = dlbc.compile(llama(torch.bfloat16), ids, rules="epsilon", backend="triton", target="sm_90",
                           cache=False).source
     names: dict[str, Any] = {}
-    for text in source.split("_tiles = (\n")[1:]:
-        table = eval("(\n" + text.split("\n)\n")[0] + "\n)", {}, names)
+    for text in re.findall(r"^gemm_\w+_tiles = (\(\n.*?^\))\n", source, re.MULTILINE | re.DOTALL):
+        table = eval(text, {}, names)
         heights = [tile["BM"] for _, tile in table]
         assert heights == sorted(heights) and table[-1][0] is None
         bounds = [bound for bound, _ in table[:-1]]

@@ -22,6 +22,8 @@ from dlbc.ir.fusible import MOVES, POINTWISE, fits, is_product, is_row, template
 from dlbc.ir.interpreter import interpret
 from dlbc.ir.parser import parse_graph
 from dlbc.passes import parse, run
+from dlbc.passes.inline import Inline
+from dlbc.passes.recompute import Recompute
 from dlbc_runtime.module import load_module
 from dlbc_runtime.triton_launch import INTERPRETED
 from tests import zoo
@@ -230,6 +232,17 @@ def test_presets(kind: str, rules: str) -> None:
     explainer = dlbc.compile(model, x, rules=rules, backend="torch", cache=False)
     graph = parse_graph(explainer.ir("lowered"))
     sizes = {"B": 3 if kind in ("mlp", "cnn") else 1, "T": 5, "S": 2, "P": 1, "K": 1}
+    assert max(distances(graph, sizes, weights={n: w.detach() for n, w in explainer.weights.items()})) < 2e-5
+
+
+def test_what_is_computed_again_in_kernels() -> None:
+    """Forward values that are not kept, however small: kernels compute them where relevance reads them."""
+    model, x = model_of("transformer")
+    explainer = dlbc.compile(model, x, rules="attnlrp", backend="torch", cache=False)
+    graph = run(parse_graph(explainer.ir("lowered")), (Inline(), Recompute(least=1, kernels=True)))
+    inside = [op.result.name for kernel in kernels(run(graph, FUSE)) for op in kernel.body]
+    assert any(".again" in name for name in inside)
+    sizes = {"B": 1, "T": 5, "S": 2, "P": 1, "K": 1}
     assert max(distances(graph, sizes, weights={n: w.detach() for n, w in explainer.weights.items()})) < 2e-5
 
 

@@ -45,13 +45,15 @@ ALONE = frozenset({"safe_div", "stabilise", "damp", "glu", "rotary", "rms_norm",
 class Fuse(Pass):
     """Group ops of the forward and relevance sections, and of functions, into kernels; kernels there are stay.
 
-    `accumulators`: products in one kernel, at most. `pointers`: tensors that a kernel reads and writes, at most.
+    `accumulators`: products in one kernel, at most. `pointers`: tensors that a kernel reads and writes, at most;
+    `beside`: those of a kernel of products, where each is a block in registers beside the accumulators.
     `longest`: ops in one kernel, at most. Functions that are run on blocks of rows (`stream`) stay as they are.
     """
 
     name: ClassVar[str] = "fuse"
     accumulators: int = 2
     pointers: int = 16
+    beside: int = 11
     longest: int = 48
 
     def run(self, graph: Graph) -> Graph:
@@ -153,14 +155,16 @@ class _Fusing:
         self.template[self.groups.of[at]] = template
         return self.groups.of[at]
 
-    def take(self, group: int, at: int) -> bool:
-        """Take an op into a group, if the graph stays without cycles and the group is not too large."""
+    def take(self, group: int, at: int, behind: Sequence[int] = ()) -> bool:
+        """Take an op into a group, if the graph stays without cycles and the group is not too large; with the ops
+        `behind` it, which are taken next."""
         if len(self.groups.members[group]) >= self.options.longest:
             return False
         if not self.groups.can_join(group, self.groups.of[at]):
             return False
-        members = [*self.groups.members[group], at]
-        if self.groups.pointers(members) > self.options.pointers:
+        members = [*self.groups.members[group], at, *behind]
+        most = self.options.beside if self.template[group] == "gemm" else self.options.pointers
+        if self.groups.pointers(members) > most:
             return False
         self.groups.join(group, self.groups.of[at])
         self.assigned.add(at)
@@ -182,8 +186,9 @@ class _Fusing:
                     if first < second and second not in self.assigned and self.alike(first, second) >= want:
                         group = self.groups.of[first] if first in self.assigned else self.start(
                             first, template_of(self.op(first)))
-                        count = sum(is_product(self.op(at)) for at in self.groups.members[group])
-                        if count < self.options.accumulators:
+                        members = self.groups.members[group]
+                        count = sum(is_product(self.op(at)) for at in members)
+                        if count < self.options.accumulators and self.groups.before[second].isdisjoint(members):
                             self.take(group, second)
         for at in anchors:
             if at not in self.assigned:
@@ -244,7 +249,7 @@ class _Fusing:
 
     def after(self, group: int, shapes: set[tuple[Dim, ...]], rows: tuple[Dim, ...] = ()) -> None:
         """Take what is pointwise after a group and has one of its shapes, and what takes `rows` of it together."""
-        waiting = list(self.groups.members[group])
+        waiting, following = list(self.groups.members[group]), list[int]()
         while waiting:
             at = waiting.pop(0)
             for result in self.op(at).results:
@@ -253,8 +258,44 @@ class _Fusing:
                     if op is None or not self.follows(op, shapes, rows) or not self.take(group, reader):
                         continue
                     waiting.append(reader)
+                    following.append(reader)
                     for operand in op.operands:
                         self.cheap(group, operand)
+                        self.alongside(group, operand)
+        # What is made of tensors that have been read since, for what follows; what a product reads is made elsewhere.
+        for at in following:
+            for operand in self.op(at).operands:
+                self.alongside(group, operand)
+                inner = self.groups.definition.get(operand.name) if isinstance(operand, Value) else None
+                if inner is not None and inner not in following and self.groups.of[inner] == group and (
+                        not is_product(self.op(inner)) and not is_row(self.op(inner))):
+                    following.append(inner)
+
+    def alongside(self, group: int, operand: Operand) -> None:
+        """Take what is pointwise and computed for a group alone, with the cheap ops behind it, as far as no more
+        tensors are read for it: the group computes it where it uses it, and nothing is written in between."""
+        at = self.groups.definition.get(operand.name) if isinstance(operand, Value) else None
+        op = self.free(at) if at is not None else None
+        if op is None or at is None or op.name not in POINTWISE or not fits(op) or not self.absorbed_by(at, group):
+            return
+        members = self.groups.members[group]
+        behind = [each for inner in op.operands for each in self.cheap_for(at, inner)]
+        more = self.groups.pointers([*members, at, *behind]) - self.groups.pointers(members)
+        if more > 0 or not self.take(group, at, behind):
+            return
+        for inner in op.operands:
+            self.cheap(group, inner)
+            self.alongside(group, inner)
+
+    def cheap_for(self, reader: int, operand: Operand) -> Iterator[int]:
+        """The cheap ops that an operand of an op is computed by for that op alone."""
+        while isinstance(operand, Value) and (at := self.groups.definition.get(operand.name)) is not None:
+            op = self.free(at)
+            if op is None or op.name not in CHEAP or not fits(op) or operand.name in self.escaping or any(
+                    other != reader for other in self.groups.readers[operand.name]):
+                return
+            yield at
+            reader, operand = at, op.operands[0]
 
     def follows(self, op: Op, shapes: set[tuple[Dim, ...]], rows: tuple[Dim, ...]) -> bool:
         """Whether an op can be computed at the end of a kernel."""

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from dlbc_runtime.expert_layer import ExpertSpec
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.memory import Memory, as_bytes
 from dlbc_runtime.padding import padded
-from dlbc_runtime.parts import plan_within, run_within, size_by_name, size_of
+from dlbc_runtime.parts import plan_within, planned, run_within, size_by_name, size_of
 from dlbc_runtime.prefix import lengthened, shortened
 from dlbc_runtime.program import Manifest, Program, Rules, Variant
 from dlbc_runtime.reference import Reference
@@ -58,7 +59,7 @@ class Explainer:
                  draw: Draw | None = None, compile_kernels: CompileKernels | None = None,
                  recipe: Mapping[str, Json] | None = None,
                  reference: Reference | None = None, memory_budget: int | None = None, model: Any = None,
-                 cuda_graphs: bool = False) -> None:
+                 cuda_graphs: bool | str = "auto") -> None:
         self._model = model
         self._programs = dict(programs)
         self._default = default or next(iter(self._programs))
@@ -69,8 +70,9 @@ class Explainer:
         self._recipe = dict(recipe or {})
         self._reference = reference
         self._memory_budget = memory_budget
+        cuda_graphs_of.check(cuda_graphs)
         self._cuda_graphs = cuda_graphs
-        if cuda_graphs:
+        if cuda_graphs is True:
             cuda_graphs_of.require(self._manifest.backend, self._weights, memory_budget)
         self._engine: Engine = engine(self.manifest.backend, self._weights)
         self._loaded: dict[Variant, Loaded] = {}
@@ -169,8 +171,13 @@ class Explainer:
     def plan(self) -> Work:
         """What runs where, and why: one line for each kernel and for each op that is in none. Printed as a table."""
         m, notes = self.manifest, self._recipe.get("notes")
+        said = [*map(str, notes)] if isinstance(notes, list) else []
+        if self._graphs:
+            said.append(cuda_graphs_of.said_of([loaded.module for loaded in self._loaded.values()]))
+        elif self._cuda_graphs == "auto" and cuda_graphs_of.possible(m.backend, self._weights):
+            said.append("CUDA graphs: none within a memory budget")
         return Work(m.work or (WorkRow("all", m.backend, (), why=f"backend={m.backend!r} writes no kernels"),),
-                    str(self._recipe.get("target", "")), map(str, notes) if isinstance(notes, list) else ())
+                    str(self._recipe.get("target", "")), said)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -213,7 +220,7 @@ class Explainer:
             raise InputError(f"positions={positions!r}", hint='"explained" or "all"')
         check_sinks(sinks)
         budget = self._memory_budget if memory_budget is None else as_bytes(memory_budget)
-        if self._cuda_graphs:
+        if self._cuda_graphs is True:
             cuda_graphs_of.require(self.manifest.backend, self._weights, budget)
         compared = self._compared(reference)
         if any(isinstance(given, list | tuple) for given in (*args, *kwargs.values())):
@@ -247,7 +254,11 @@ class Explainer:
         manifest = self._load(variant).program.manifest
         call = Call(self, variant, given, targets, many, multiplier, scaler, compared)
         short = shortened(call, manifest)
-        found = short.run() if budget is None else run_within(short, budget)
+        if budget is None:
+            found = short.run()
+        else:
+            with cuda_graphs_of.paused():  # which keep memory
+                found = run_within(short, budget)
         found = found if short is call else lengthened(found, call, manifest)
         if plain and not many and variant == self._default:
             self._learn(args, kwargs, found)
@@ -283,7 +294,7 @@ class Explainer:
 
     def _learn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Explanation) -> None:
         """Remember a call that asked for nothing special, so that those like it go straight."""
-        if self._memory_budget is not None or self._cuda_graphs or not Straight.serves(self._manifest):
+        if self._memory_budget is not None or not Straight.serves(self._manifest):
             return
         if self._straight is None:
             self._straight = Straight(self._default, self._load(self._default))
@@ -330,9 +341,9 @@ class Explainer:
 
     def with_options(self, **options: Any) -> Explainer:
         """The same explainer with another default: `keep`, `output`, `all_positions`, `checkpoint`, `memory_budget`; or
-        with `cuda_graphs=True`, where the model is on an NVIDIA GPU (`docs/triton.md`)."""
+        with other `cuda_graphs`: "auto", True or False (`docs/triton.md`)."""
         budget = options.pop("memory_budget", self._memory_budget)
-        graphs = bool(options.pop("cuda_graphs", self._cuda_graphs))
+        graphs = options.pop("cuda_graphs", self._cuda_graphs)
         variant = replace(self._default, **options)
         self._load(variant)
         return Explainer(self._programs, self._weights, default=variant, build=self._build,
@@ -388,8 +399,16 @@ class Explainer:
                     self._programs[variant] = self._build(variant)
                 program = self._programs[variant]
                 module: Any = program.module()
-                self._loaded[variant] = Loaded(program, cuda_graphs_of.Graphed(module) if self._cuda_graphs else module)
+                self._loaded[variant] = Loaded(program, cuda_graphs_of.Graphed(
+                    module, bounded=self._cuda_graphs == "auto",
+                    planned=partial(planned, program.manifest)) if self._graphs else module)
             return self._loaded[variant]
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether passes may become CUDA graphs."""
+        return self._cuda_graphs is True or (self._cuda_graphs == "auto" and self._memory_budget is None
+                                             and cuda_graphs_of.possible(self._manifest.backend, self._weights))
 
     def _weights_state(self) -> object:
         """Something that changes when a weight's numbers do. Looked at before each run: InputError for a weight whose
@@ -433,7 +452,8 @@ class Explainer:
         if key not in self._resized:
             log.info("compiling again for sizes %s: %s", key, "; ".join(self.manifest.static.values()) or problem.fact)
             other = self._recompile(args, kwargs)
-            self._resized[key] = other.with_options(cuda_graphs=True) if self._cuda_graphs else other
+            same = other._cuda_graphs == self._cuda_graphs
+            self._resized[key] = other if same else other.with_options(cuda_graphs=self._cuda_graphs)
         return self._resized[key]
 
     def _say_once(self, text: str) -> None:

@@ -146,6 +146,15 @@ def size_by_name(manifest: Manifest, sizes: Mapping[str, int], targets: Sequence
     return Size(whole, "" if manifest.nodes or manifest.reference else manifest.batch, len(targets), manifest.streams)
 
 
+def planned(manifest: Manifest, arguments: Sequence[Any]) -> int:
+    """The bytes that a call for one target is planned to take, by the arguments of the forward pass."""
+    names = manifest.inputs.names
+    sizes = {"S": manifest.streams, "K": 1, **named_sizes(manifest, dict(zip(names, arguments, strict=False)))}
+    if manifest.positions:
+        sizes["P"] = int(arguments[-1].shape[1])
+    return manifest.memory.peak(sizes)
+
+
 def named_sizes(manifest: Manifest, inputs: Mapping[str, Any]) -> dict[str, int]:
     """The named sizes of inputs."""
     return {str(name): int(size) for spec in manifest.inputs.tensors

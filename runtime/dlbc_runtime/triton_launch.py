@@ -177,9 +177,12 @@ def expert_blocks(rows: int, seeds: int, experts: int, height: int, columns: int
     return (tiles * -(-columns // width),)
 
 
-def chosen(tiles: Sequence[tuple[int | None, dict[str, Any]]], rows: int) -> dict[str, Any]:
-    """The first tile that is for so many rows."""
-    return next(tile for bound, tile in tiles if bound is None or rows <= bound)
+def chosen(tiles: Sequence[tuple[int | None, dict[str, Any]]], size: int) -> dict[str, Any]:
+    """The first tile that is for a size, of a table whose last is for all."""
+    for bound, tile in tiles:
+        if bound is None or size <= bound:
+            return tile
+    return tiles[-1][1]
 
 
 def kind(arg: Any) -> str:

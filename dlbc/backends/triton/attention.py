@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dlbc.backends.names import deleted, listed
+from dlbc.backends.names import deleted
 from dlbc.backends.triton.attention_keys import keys_program
 from dlbc.backends.triton.attention_rows import rows_program
-from dlbc.backends.triton.attention_shapes import Shape, keys_shape, precision, rows_shape
+from dlbc.backends.triton.attention_shapes import attention_tiles, keys_shape, precision, rows_shape
 from dlbc.backends.triton.attention_writer import Buffer, Program
-from dlbc.backends.triton.kernels import Emitted, KernelSite, named
+from dlbc.backends.triton.choices import Choice, tabled
+from dlbc.backends.triton.kernels import Emitted, KernelSite, launched, named
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.attention_tiles import Region, Unfit, region_of
 from dlbc.ir.core import Attr, Op, Operand, Type, Value, Weight
@@ -44,31 +45,36 @@ class _Launches:
         self.bound: dict[str, Operand] = {p.name: o for p, o in zip(params, given, strict=True)}
         self.bound |= {v.name: r for v, r in zip(region.function.results, op.results, strict=True)}
         self.handed: dict[str, str] = {}
+        self.sources: list[str] = []
+        self.lines = [site.empty(result) for result in op.results]
+        self.choices: dict[str, Choice] = {}
 
     def emitted(self) -> Emitted:
         """Text and lines."""
         region, device = self.region, self.site.device
         seeds = self.site.kernel.config.get("seeds", 1)
         assert isinstance(seeds, int)
-        lines = [self.site.empty(result) for result in self.op.results]
-        sources: list[str] = []
         rows = rows_program(region, seeds)
         if rows is not None:
-            self.add(rows, rows_shape(region, device), "r", seeds, sources, lines)
-        shape = keys_shape(region, device)
-        for results in [[v] for v in region.key_results] if shape.apart else [region.key_results]:
+            self.add(rows, "r", seeds)
+        apart = keys_shape(region, device).apart
+        for results in [[v] for v in region.key_results] if apart else [region.key_results]:
             keys = keys_program(region, seeds, results)
             if keys is not None:
-                self.add(keys, shape, "k", seeds, sources, lines)
-        return Emitted("\n\n".join(sources), (*lines, *deleted(list(self.handed.values()))))
+                self.add(keys, "k", seeds)
+        return Emitted("\n\n\n".join(self.sources), (*self.lines, *deleted(list(self.handed.values()))), self.choices)
 
-    def add(self, program: Program, shape: Shape, across: str, seeds: int, sources: list[str],
-            lines: list[str]) -> None:
+    def add(self, program: Program, across: str, seeds: int) -> None:
         """Add a program and its launch."""
-        source, name = named(program.source, "attention")
-        sources.append(source)
-        lines += self.allocated(program)
-        lines += self.launch(program, f"{name}_{'rows' if across == 'r' else 'keys'}", shape, across, seeds)
+        region, device, kind = self.region, self.site.device, "rows" if across == "r" else "keys"
+        exact = precision(str(self.site.options.get("precision", "ieee")), region, device)
+        shape = rows_shape(region, device) if across == "r" else keys_shape(region, device)
+        choice = attention_tiles(region, device, shape, across, exact)
+        source, name = named(tabled(program.source, choice.table, f"KERNEL_{kind}"), "attention")
+        self.sources.append(source.rstrip())
+        self.choices[f"{name}_{kind}"] = choice
+        self.lines += self.allocated(program)
+        self.lines += self.launch(program, f"{name}_{kind}", across, seeds)
 
     def allocated(self, program: Program) -> list[str]:
         """Lines that allocate what one program hands to the other."""
@@ -84,25 +90,21 @@ class _Launches:
             lines.append(f"{name} = torch.empty({self.site.scope.text(shape)}, dtype={dtype}, device=device)")
         return lines
 
-    def launch(self, program: Program, name: str, shape: Shape, across: str, seeds: int) -> list[str]:
-        """The line that launches a program."""
-        exact = precision(str(self.site.options.get("precision", "ieee")), self.region, self.site.device)
+    def launch(self, program: Program, name: str, across: str, seeds: int) -> list[str]:
+        """The lines that launch a program."""
         scope, sizes = self.site.scope, self.sizes
         heads = self.region.heads if across == "r" else self.region.groups
         copies = product((sizes["b"], heads))
         programs = scope.text(product((copies, sizes["s"])))
         if seeds > 1:
             programs = f"{scope.text(copies)} * -(-{scope.text(sizes['s'])} // {seeds})"
-        tile = shape.rows if across == "r" else shape.keys
-        arguments = [name, f"blocks({scope.text(sizes[across])}, {tile}, {programs})"]
+        length, arguments = scope.text(sizes[across]), list[str]()
         for buffer in program.buffers:
             text = self.text(buffer)
             arguments += [text, f"*{text}.stride()"]
         arguments += [scope.text(sizes[role]) for role in "sbrk"]
-        arguments += [f"{key}={value!r}".replace("'", '"') for key, value in (
-            ("BLOCK_R", shape.rows), ("BLOCK_K", shape.keys), ("PRECISION", exact), ("num_warps", shape.warps),
-            ("num_stages", shape.stages))]
-        return listed(arguments, "launch(", ")")
+        block = "BLOCK_R" if across == "r" else "BLOCK_K"
+        return launched(name, length, f'blocks({length}, tile["{block}"], {programs})', arguments)
 
     def text(self, buffer: Buffer) -> str:
         """A tensor as the launching function calls it."""

@@ -9,9 +9,9 @@ from functools import partial
 from dlbc.backends.python_module import emit_module
 from dlbc.backends.site import Scope
 from dlbc.backends.torch.emit import TORCH
+from dlbc.backends.triton.choices import Choice
 from dlbc.backends.triton.config import device
 from dlbc.backends.triton.kernels import KernelSite, emit_kernel
-from dlbc.backends.triton.tiles import Product
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.core import Graph, Kernel
 
@@ -35,9 +35,9 @@ def emit(graph: Graph) -> str:
     return emit_module(graph, replace(TRITON, kernel=partial(_written, graph, {}, {})))
 
 
-def products(graph: Graph) -> dict[str, Product]:
-    """The kernels that choose among tiles, by name, and what they are chosen for."""
-    found: dict[str, Product] = {}
+def choices(graph: Graph) -> dict[str, Choice]:
+    """What each jit function of a fused graph's module chooses its tile from, by name."""
+    found: dict[str, Choice] = {}
     emit_module(graph, replace(TRITON, kernel=partial(_written, graph, {}, found)))
     return found
 
@@ -49,7 +49,7 @@ def refused(graph: Graph) -> dict[str, str]:
     return found
 
 
-def _written(graph: Graph, problems: dict[str, str], products: dict[str, Product], kernel: Kernel,
+def _written(graph: Graph, problems: dict[str, str], found: dict[str, Choice], kernel: Kernel,
              scope: Scope) -> tuple[str, tuple[str, ...]] | None:
     """A kernel's function and the lines that launch it; None where its template has no code for it after all."""
     architecture = str(graph.attrs.get("target", "")).removeprefix("triton:") or "sm_90"
@@ -60,6 +60,5 @@ def _written(graph: Graph, problems: dict[str, str], products: dict[str, Product
         log.info("kernel %s is left to torch: %s", kernel.name, problem.fact)
         problems[kernel.name] = problem.fact
         return None
-    if made.product is not None:
-        products[made.product[0]] = made.product[1]
+    found |= made.choices
     return made.source, made.lines

@@ -6,9 +6,10 @@ W once), and each has its accumulator. What is pointwise after them is computed 
 
 from __future__ import annotations
 
+from dlbc.backends.triton.choices import Choice, tabled
 from dlbc.backends.triton.kernels import POINTERS, Emitted, KernelSite, launched, named, parameters, render
 from dlbc.backends.triton.pull import At, Index, Writer
-from dlbc.backends.triton.tiles import BYTES, Product, Tile, tiles
+from dlbc.backends.triton.tiles import BYTES, Product, product_tiles
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import product
@@ -21,7 +22,7 @@ def emit(site: KernelSite) -> Emitted:
     """The kernel and its launch."""
     writer = GemmWriter(site)
     body, rows = writer.body(), product(writer.lead[0])
-    source, name = named(render("gemm", rows=writer.size(rows), **body), "gemm")
+    source, name = named(tabled(render("gemm", rows=writer.size(rows), **body), writer.choice.table), "gemm")
     text = site.scope.text(rows)
     return writer.launch(source, name, text, f'blocks({text}, tile["BM"], {writer.width}, tile["BN"])')
 
@@ -37,38 +38,36 @@ class GemmWriter(Writer):
         shape, depth = self.products[0].result.type.shape, _type(factors(self.products[0])[0]).shape[-1]
         assert isinstance(depth, int) and isinstance(shape[-1], int)
         self.width, self.depth = shape[-1], depth
+        self.choice: Choice = product_tiles(site.device, self.product())
 
     # --- the kernel --------------------------------------------------------------------------------------
 
     def body(self) -> dict[str, object]:
         """What the templates of products take: the lines before, in and after the loop in depth, and what they need."""
-        choices = self.tiles()
+        tiles = [tile for _, tile in self.choice.table]
         self.index = (*self.rows_of(self.products[0].result.type.shape[:-1]), At("cols", frozenset("c")))
         conds = [self.inside()]
-        if any(self.width % tile.columns for _, tile in choices):
+        cut = any(self.width % int(tile["BN"]) for tile in tiles)
+        if cut:
             conds.append(At(f"cols < {self.width}", frozenset("c")))
-        ragged = any(self.depth % tile.depth for _, tile in choices)
+        ragged = any(self.depth % int(tile["BK"]) for tile in tiles)
+        legal = [] if cut else [f"{self.width} % BN == 0"]
+        legal += [] if ragged else [f"{self.depth} % BK == 0"]
         opening = self.levels[0].lines
         loop = self.loop(tuple(conds), self.depth, ragged=ragged)
         count = len(opening)
         found = [self.value(result, self.index, tuple(conds)) for result in self.site.results]
         for position, (result, value) in enumerate(zip(self.site.results, found, strict=True)):
             self.store(f"y{position}", result.type, self.index, value, tuple(conds))
-        table = "".join(f"    ({bound}, {tile.options()}),\n" for bound, tile in choices)
         return {"parameters": parameters(self.parameters()), "fixed": self.unspecialised(), "width": self.width,
                 "depth": self.depth, "opening": opening[:count], "loop": loop, "closing": opening[count:],
-                "accumulators": len(self.products), "table": table}
+                "accumulators": len(self.products), "legal": legal}
 
     def launch(self, source: str, name: str, rows: str, grid: str) -> Emitted:
         """The kernel and its launch, with the tile for so many rows."""
         return Emitted(source, (
             *(self.site.empty(result) for result in self.site.results),
-            f"tile = chosen({name}_tiles, {rows})", *launched([name, grid, *self.arguments(), "**tile"])),
-            (name, self.product()))
-
-    def tiles(self) -> list[tuple[int | None, Tile]]:
-        """The tiles, by number of rows."""
-        return tiles(self.site.device, self.product())
+            *launched(name, rows, grid, self.arguments())), {name: self.choice})
 
     def product(self) -> Product:
         """What tiles are chosen for."""
@@ -117,7 +116,7 @@ class GemmWriter(Writer):
 
     def dots(self) -> int:
         """How many products of tiles a step takes: two where a float32 operand is split."""
-        return sum(2 if set(self.dtypes(op)) == {"f32", "bf16"} else 1 for op in self.products)
+        return sum(2 if self.way(self.dtypes(op)) == "halves" else 1 for op in self.products)
 
     def held(self) -> float:
         """Numbers that a thread keeps for each number of an operand (see `Product`). Without tensor cores all of them:
@@ -128,21 +127,23 @@ class GemmWriter(Writer):
         return sum(parts.get(self.way(self.dtypes(op)), 0.0) for op in self.products)
 
     def way(self, types: tuple[str, str]) -> str:
-        """How numbers of two element types are multiplied: "direct", as "halves" of 16 bits, or a precision."""
+        """How numbers of two element types are multiplied: "direct", with the wide one "rounded" to bfloat16 or as
+        "halves" of 16 bits, or a precision of `tl.dot`."""
         if types in (("bf16", "bf16"), ("f16", "f16")):
             return "direct"
+        chosen, mixed = str(self.site.options.get("precision", "ieee")), set(types) != {"f32"}
         if set(types) == {"f32", "bf16"}:
-            return "halves"
-        chosen = str(self.site.options.get("precision", "ieee"))
-        exact = set(types) != {"f32"} and chosen == "ieee" and self.site.device.kind == "cuda"
-        return "tf32x3" if exact else chosen
+            return "rounded" if chosen == "auto" else "halves"
+        if self.site.device.kind != "cuda" or not mixed:
+            return "ieee" if chosen == "auto" else chosen
+        return {"auto": "tf32", "ieee": "tf32x3"}.get(chosen, chosen)
 
     def loads(self) -> tuple[int, int, bool]:
         """Bytes of what is read for one row and for one column, for each step in depth; and whether tensor cores
         compute."""
         left = {self.root(factors(op)[0]) for op in self.products}
         right = {self.root(factors(op)[1]) for op in self.products}
-        exact = self.site.options.get("precision", "ieee") == "ieee"
+        exact = self.site.options.get("precision", "ieee") in ("auto", "ieee")
         cores = not exact or all(self.dtypes(op) != ("f32", "f32") for op in self.products)
         return sum(BYTES[o.type.dtype] for o in left), sum(BYTES[o.type.dtype] for o in right), cores
 
@@ -196,12 +197,12 @@ class GemmWriter(Writer):
         return True
 
     def dot(self, number: int, op: Op, left: str, right: str) -> None:
-        """Add the product of two tiles to an accumulator: a float32 tile beside one of bfloat16 as the sum of two
-        bfloat16 tiles, which is exact to 16 bits."""
+        """Add the product of two tiles to an accumulator: a float32 tile beside one of bfloat16 rounded to that, or as
+        the sum of two bfloat16 tiles, which is exact to 16 bits."""
         types, acc = self.dtypes(op), f"acc{number}"
         way = self.way(types)
-        if way == "direct":
-            kind = POINTERS[types[0]]
+        if way in ("direct", "rounded"):
+            kind = "tl.bfloat16" if way == "rounded" else POINTERS[types[0]]
             self.lines.append(f"{acc} = tl.dot({left}.to({kind}), {right}.to({kind}), {acc})")
         elif way == "halves":
             wide = types.index("f32")

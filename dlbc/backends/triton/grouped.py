@@ -8,6 +8,7 @@ read. All else (accumulators, |W| in registers, what is pointwise afterwards) is
 
 from __future__ import annotations
 
+from dlbc.backends.triton.choices import tabled
 from dlbc.backends.triton.gemm import GemmWriter
 from dlbc.backends.triton.kernels import Emitted, KernelSite, named, render
 from dlbc.backends.triton.pull import At, Index
@@ -33,7 +34,7 @@ def emit(site: KernelSite) -> Emitted:
              "block": max(2, 1 << (experts - 1).bit_length())}
     found |= {name: writer.end(at) for name, at in (("own", "expert"), ("before", "(expert - 1)"),
                                                     ("every", "experts"), ("every_before", "(experts - 1)"))}
-    source, name = named(render("grouped", **found, **writer.body()), "grouped")
+    source, name = named(tabled(render("grouped", **found, **writer.body()), writer.choice.table), "grouped")
     mean = f"({site.scope.text(product((*lead, rows)))}) // {experts}"
     counts = (site.scope.text(rows), site.scope.text(seeds), str(experts))
     return writer.launch(source, name, mean, f'expert_blocks({", ".join(counts)}, tile["BM"], {writer.width}, '

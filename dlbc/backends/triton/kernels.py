@@ -19,8 +19,8 @@ from typing import Any
 from dlbc.backends.liveness import inputs_of
 from dlbc.backends.names import listed
 from dlbc.backends.site import Scope
+from dlbc.backends.triton.choices import Choice
 from dlbc.backends.triton.config import Device
-from dlbc.backends.triton.tiles import Product
 from dlbc.errors import IRError
 from dlbc.ir.core import Kernel, Operand, Value, Weight, values
 from dlbc.ir.dims import Dim
@@ -42,12 +42,12 @@ POINTERS = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16
 @dataclass(frozen=True)
 class Emitted:
     """A kernel as text. `source`: jit functions, with a name that `named` made; `lines`: of the Python function that
-    launches it: they allocate the results under their names in that function, then launch. `product`: of a kernel that
-    chooses among tiles, its name and what they are chosen for."""
+    launches it: they allocate the results under their names in that function, then launch. `choices`: what each jit
+    function chooses its tile from, by name."""
 
     source: str
     lines: tuple[str, ...]
-    product: tuple[str, Product] | None = None
+    choices: Mapping[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class KernelSite:
     dense: frozenset[str] = frozenset()
     """The values outside that are known to lie in memory without gaps, in the order of their axes."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """`precision`: of products of float32 numbers, "ieee", "tf32x3" or "tf32"."""
+    """`precision`: of products of float32 numbers, "auto", "ieee", "tf32x3" or "tf32"."""
 
     @property
     def inputs(self) -> tuple[Value | Weight, ...]:
@@ -115,9 +115,10 @@ def named(source: str, stem: str) -> tuple[str, str]:
     return source.replace("KERNEL", name), name
 
 
-def launched(arguments: Sequence[str]) -> list[str]:
-    """The lines of a launch: the kernel, the grid, its arguments."""
-    return listed(list(arguments), "launch(", ")")
+def launched(name: str, size: str, grid: str, arguments: Sequence[str]) -> list[str]:
+    """The lines of a launch: the tile for a size, which the text of the grid calls `tile`; the kernel, the grid, its
+    arguments."""
+    return [f"tile = chosen({name}_tiles, {size})", *listed([name, grid, *arguments, "**tile"], "launch(", ")")]
 
 
 def parameters(names: Sequence[str]) -> str:

@@ -197,6 +197,8 @@ class Writer:
                 stride = f"{pointer}_s{i}"
                 self.strides[stride] = f"{self.site.text(operand)}.stride({i})"
                 terms.append(f"{_grouped(at.text)} * {stride}")
+        if not terms and over:  # a single number, for a whole block: Triton takes the block's mask with a block only
+            terms = [f"0 * {_grouped(next(at.text for at in index if at.axes))}"]
         return "".join(f" + {term}" for term in terms), over
 
     def dense(self, type: Type, index: Index) -> list[str]:

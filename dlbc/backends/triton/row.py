@@ -5,6 +5,8 @@ Every program holds some whole rows. The results are as long as the rows, or hav
 
 from __future__ import annotations
 
+from dlbc.backends.triton.blocks import row_blocks
+from dlbc.backends.triton.choices import tabled
 from dlbc.backends.triton.kernels import Emitted, KernelSite, launched, named, parameters, render
 from dlbc.backends.triton.pull import ZERO, At, Index, Writer, aligned
 from dlbc.backends.triton.table import number
@@ -14,15 +16,12 @@ from dlbc.ir.dims import Dim, product
 from dlbc.ir.fusible import ROWWISE, is_row
 from dlbc.ir.ops import attr
 
-ELEMENTS = 2048
-"""Elements of the rows that a program holds, at least; one row at least."""
-
 
 def emit(site: KernelSite) -> Emitted:
     """The kernel and its launch."""
     lead, length = rows_of(site)
-    columns = 1 << (length - 1).bit_length()
-    height = 1 if product(lead) == 1 else max(1, min(16, ELEMENTS // columns))
+    choice = row_blocks(site.device, length, single=product(lead) == 1)
+    columns = int(choice.table[0][1]["BN"])
     writer = RowWriter(site, length, columns)
     index = writer.index = writer.rows_of(lead)
     conds: list[At] = []
@@ -34,13 +33,12 @@ def emit(site: KernelSite) -> Emitted:
     found = [writer.value(result, place, tuple(conds)) for result, place in zip(site.results, places, strict=True)]
     for position, (result, place, value) in enumerate(zip(site.results, places, found, strict=True)):
         writer.store(f"y{position}", result.type, place, value, tuple(conds))
-    source, name = named(render("row", parameters=parameters(writer.parameters()), fixed=writer.unspecialised(),
-                                lines=writer.lines), "row")
-    warps = 4 if columns <= 2048 else 8 if columns <= 8192 else 16
-    grid = f"blocks({site.scope.text(product(lead))}, {height})"
-    options = [f"BM={height}", f"BN={columns}", f"num_warps={warps}"]
-    return Emitted(source, (*(site.empty(result) for result in site.results),
-                            *launched([name, grid, *writer.arguments(), *options])))
+    text = render("row", parameters=parameters(writer.parameters()), fixed=writer.unspecialised(), lines=writer.lines)
+    source, name = named(tabled(text, choice.table), "row")
+    rows = site.scope.text(product(lead))
+    return Emitted(source, (
+        *(site.empty(result) for result in site.results),
+        *launched(name, rows, f'blocks({rows}, tile["BM"])', writer.arguments())), {name: choice})
 
 
 def rows_of(site: KernelSite) -> tuple[tuple[Dim, ...], int]:

@@ -6,9 +6,11 @@ times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from dlbc.backends.triton.choices import BOUNDS, Choice, Options, table
 from dlbc.backends.triton.config import Device
 
 BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1}
@@ -24,10 +26,10 @@ class Tile:
     warps: int
     stages: int
 
-    def options(self) -> str:
+    def options(self) -> Options:
         """As the launch takes it."""
-        return (f'{{"BM": {self.rows}, "BN": {self.columns}, "BK": {self.depth}, "num_warps": {self.warps}, '
-                f'"num_stages": {self.stages}}}')
+        return {"BM": self.rows, "BN": self.columns, "BK": self.depth, "num_warps": self.warps,
+                "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -67,47 +69,26 @@ REGISTERS = 112
 OPERANDS = {True: 200, False: 224}
 """The same for the block and what is multiplied in one step, with tensor cores and without."""
 
-BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 4096)
-"""The numbers of rows up to which a tile is chosen; the last is for all beyond."""
 
-
-CANDIDATES = 8
-"""Tiles of a product that are measured for a number of rows, those first that the estimate likes best."""
-
-
-def tiles(device: Device, what: Product) -> list[tuple[int | None, Tile]]:
-    """The tile for each number of rows up to a bound; the last bound is None."""
-    fitting = _fitting(device, what)
-    return table([min(fitting, key=lambda tile: _order(device, what, tile, bound)) for bound in BOUNDS])
-
-
-def candidates(device: Device, what: Product, bound: int | None) -> list[Tile]:
-    """The tiles that may be the fastest for rows up to a bound (None: beyond all); the first is that of `tiles`.
+def product_tiles(device: Device, what: Product) -> Choice:
+    """The tiles by number of rows, and others.
 
     A kernel is written for its tiles: where all of them divide its columns (or its depth), it does not look whether
     there is an end inside of a block. So others have to divide them too.
     """
-    rows, own = BOUNDS[-1] if bound is None else bound, [tile for _, tile in tiles(device, what)]
-    columns = all(what.columns % tile.columns == 0 for tile in own)
-    depth = all(what.depth % tile.depth == 0 for tile in own)
-    found = [tile for tile in _fitting(device, what) if not (columns and what.columns % tile.columns) and not (
+    fitting = _fitting(device, what)
+    chosen = [min(fitting, key=lambda tile: _order(device, what, tile, bound)) for bound in BOUNDS]
+    columns = all(what.columns % tile.columns == 0 for tile in chosen)
+    depth = all(what.depth % tile.depth == 0 for tile in chosen)
+    alike = [tile for tile in fitting if not (columns and what.columns % tile.columns) and not (
         depth and what.depth % tile.depth)]
-    return sorted(found, key=lambda tile: _order(device, what, tile, rows))[:CANDIDATES]
+    return Choice(table([tile.options() for tile in chosen]), partial(_ordered, device, what, alike))
 
 
-def table(chosen: Sequence[Tile]) -> list[tuple[int | None, Tile]]:
-    """One tile for each of `BOUNDS`, with bounds in a row that have the same tile as one."""
-    found: list[tuple[int | None, Tile]] = []
-    for bound, tile in zip(BOUNDS, chosen, strict=True):
-        if found and found[-1][1] == tile:
-            found.pop()
-        found.append((bound, tile))
-    return [*found[:-1], (None, found[-1][1])]
-
-
-def bound_of(rows: int) -> int | None:
-    """The bound that a number of rows belongs to; None beyond the last but one."""
-    return next((bound for bound in BOUNDS[:-1] if rows <= bound), None)
+def _ordered(device: Device, what: Product, found: list[Tile], bound: int | None) -> Iterator[Options]:
+    rows = BOUNDS[-1] if bound is None else bound
+    for tile in sorted(found, key=lambda tile: _order(device, what, tile, rows)):
+        yield tile.options()
 
 
 def _fitting(device: Device, what: Product) -> list[Tile]:
