@@ -72,7 +72,7 @@ def options_of(recipe: Mapping[str, Any], backend: str, reference: Reference | N
     return Options(composite, backend, dynamic if isinstance(dynamic, bool) else {
         str(name): tuple(map(int, axes)) for name, axes in dynamic.items()}, tuple(map(str, recipe["explain"])),
         None, None, reference, str(recipe["precompute"]), str(recipe.get("target", "")),
-        str(recipe.get("precision", "ieee")))
+        str(recipe.get("precision", "ieee" if recipe.get("target") else "auto")))
 
 
 def _state_names(model: torch.nn.Module) -> set[str]:

@@ -367,6 +367,8 @@ def equal(s: Site, r: Array) -> list[Any]:
 # --- unary functions ---------------------------------------------------------------------------------
 
 def identity(s: Site, r: Array) -> list[Any]:
+    if s.name == "relu":  # of relevance as it is; where it comes as a multiplier, the next rule divides by the same x
+        return _split(s, [np.where(s.x[s.only] > 0, r, 0.0)])
     r, x = kept(s, r), s.x[s.only]
     return _split(s, [np.where(x == 0, 0.0, r) if s.name in CLOSED else r * x / e(x)] * len(s.x))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -346,9 +346,6 @@ def test_ops_that_wait(run: Callable[[Tensor], Any], op: str, inference: bool) -
         assert waiting(lambda: run(x)) == op
 
 
-X = torch.arange(6.0)
-
-
 def test_what_is_not_on_the_gpu_runs_as_ever() -> None:
     driver = Driver()
     driver.capable = False
@@ -554,6 +551,16 @@ def test_graphs_keep_a_share_of_the_memory(caplog: pytest.LogCaptureFixture) -> 
     assert sizes_of(asked_for) == [20_000]
 
 
+def test_what_has_no_plan_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(inputs: Sequence[Any]) -> int:
+        raise KeyError("T")
+
+    module = Graphed(Twice(), Driver(), bounded=True, planned=unknown)
+    caplog.set_level("INFO")
+    run_all(module, [5], times=7)
+    assert not module.shelf and "nobody knows what memory it takes" in caplog.text
+
+
 def test_graphs_make_way_for_calls_that_need_their_memory() -> None:
     driver = Driver()
     module = Graphed(Twice(), driver, bounded=True, planned=lambda inputs: 10 * inputs[0].nbytes)
@@ -584,6 +591,24 @@ def test_memory_that_is_too_short_for_both_ways(part: str, caplog: pytest.LogCap
     run_all(module, [5], times=5)
     assert not left and not module.shelf and "memory is too short to compare its numbers" in caplog.text
     assert driver.log.count("capture") == 1
+
+
+@pytest.mark.parametrize("part", ["forward", "relevance"])
+def test_graphs_go_where_a_call_beside_them_has_no_memory(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That call is an error, which says what to lower; the next one has the graph's memory."""
+    module = Graphed(Twice(), Driver(), bounded=True)
+    run_all(module, [5], times=7)
+    (kept,) = module.shelf
+    graph = kept.forward.graph if part == "forward" else next(iter(kept.relevance.values())).graph  # type: ignore[union-attr]
+
+    def short() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
+
+    monkeypatch.setattr(graph, "replay", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_all(module, [5])
+    assert not module.shelf
+    run_all(module, [5], times=3)
 
 
 @pytest.mark.parametrize("part", ["forward", "relevance"])

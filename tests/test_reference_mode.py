@@ -234,6 +234,17 @@ def test_levels_agree(name: str) -> None:
     assert print_graph(parse_graph(print_graph(graph))) == print_graph(graph)
 
 
+@pytest.mark.parametrize("function", [
+    lambda h: torch.topk(h, 4, dim=-1).values.repeat(1, 4), lambda h: torch.maximum(h, h.flip(-1)),
+    lambda h: torch.where(h > 0.2, h, h.roll(1, -1)), lambda h: F.relu(torch.cat([h[:, :8], h[:, 8:]], -1))])
+def test_relevance_by_sizes_of_differences_is_never_negative(function: Callable[[Tensor], Tensor]) -> None:
+    """Selections and ReLUs share out what comes, they do not divide it by one difference and multiply by another."""
+    model, (x, other) = seeded(lambda: (Around(function).eval(), torch.randn(2, 200, 6)))
+    found = dlbc.compile(model, x, rules="dlb", reference=other, cache=False)(x).relevance["x"]
+    assert found.min() >= 0
+    np.testing.assert_allclose(found.sum(-1), 100, rtol=1e-3)
+
+
 # --- DeepLIFT ----------------------------------------------------------------------------------------
 
 def rescale(model: nn.Sequential, x: Tensor, reference: Tensor, chosen: int) -> Tensor:

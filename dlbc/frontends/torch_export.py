@@ -95,16 +95,26 @@ def import_model(model: nn.Module, args: Args, kwargs: Mapping[str, Any], *, dyn
 
 
 def _read(capture: _Capture, axes: Axes, added: tuple[str, ...]) -> Imported:
-    """The model with as many of these axes dynamic as its program can be read with."""
+    """The model with as many of these axes dynamic as its program can be read with: of sizes that a model cuts into
+    chunks, the IR may not be able to say which are equal."""
     fixed: dict[str, str] = {}
+    first: IRError | None = None
     while True:
-        program, sizes, static = capture.run(axes)
+        try:
+            program, sizes, static = capture.run(axes)
+        except DlbcError:
+            if first is not None:
+                raise first from first.__cause__  # it says more than what fails with fewer dynamic axes
+            raise
         try:
             return _imported(capture, program, sizes, fixed | static, added)
-        except IRError as problem:  # sizes that cannot be told apart from others, as those of chunks
-            fewer = _more_static(axes)
-            if fewer is None:
-                raise
+        except IRError as problem:
+            first = first or problem
+            axes = {name: tuple(axis for axis in own if f"{name}.{axis}" not in static) for name, own in axes.items()}
+            fewer = _more_static({name: own for name, own in axes.items() if own})
+            if fewer is None or not (fixed or any("%" in condition for condition in sizes.conditions)):
+                raise first from first.__cause__
+            fixed |= static
             for name, axis in _missing(axes, fewer):
                 fixed[f"{name}.{axis}"] = f"the captured program cannot be read with it dynamic: {brief(problem)}"
                 log.info("axis %d of input `%s` is static: %s", axis, name, fixed[f"{name}.{axis}"])

@@ -163,7 +163,7 @@ class _Fusing:
         if not self.groups.can_join(group, self.groups.of[at]):
             return False
         members = [*self.groups.members[group], at, *behind]
-        most = self.options.beside if self.template[group] == "gemm" else self.options.pointers
+        most = self.options.beside if self.template[group] in ("gemm", "grouped") else self.options.pointers
         if self.groups.pointers(members) > most:
             return False
         self.groups.join(group, self.groups.of[at])

@@ -21,7 +21,7 @@ from dlbc.ir.builder import Builder
 from dlbc.ir.core import Attr, Graph, Op, Operand, Rule, Section, Type, Value, Weight, values
 from dlbc.ir.ops import STABILISER
 from dlbc.passes import Pass, register
-from dlbc.passes.carriers import MOVES, constant_operands, data_operands, explained_inputs
+from dlbc.passes.carriers import constant_operands, data_operands, explained_inputs
 from dlbc.passes.defer import of_targets
 from dlbc.passes.differences import with_references
 from dlbc.passes.expand import expand_rule, facts
@@ -211,25 +211,23 @@ class _Pairing:
                              form, conserves=definition.conserves)
 
     def _form(self, op: Op) -> Form:
-        """What an op that lets either form through is given: as it comes. Where a conversion is due, moves leave it to
-        the op before; others have it where that is one of relevance."""
+        """What an op that lets either form through is given: as it comes; relevance where both come. A ReLU, behind
+        which stands a layer with a form of its own, is given that where a conversion is due in any case."""
         forms = {f for r in op.results for f, _ in self.contributions.get(r.name, ())}
-        if len(forms) == 1 and (op.name in MOVES or "M" in forms):
-            return forms.pop()
-        if op.name in MOVES:
-            return "R"
-        return "R" if forms == {"R"} and self._asked(op.operands[0]) == "R" and not self.facts.reference else "M"
+        if forms == {"M"}:
+            return "M"
+        if op.name == "relu" and (self.facts.reference or len(forms) > 1):
+            return "M"
+        return self._asked(op.operands[0]) if op.name == "relu" else "R"
 
     def _asked(self, operand: Operand) -> Form:
         """The form that the op which makes a value is given; of inputs, relevance is what is wanted."""
-        op = self._definitions.get(operand.name) if isinstance(operand, Value) else None
-        while op is not None:
+        while isinstance(operand, Value) and (op := self._definitions.get(operand.name)) is not None:
             rule = self.composite.rule_for(op, constant_factor=self._constant_factor(op), sites=self.sites)
             form = RULES[op.name, rule.name].form
             if form != "any":
                 return form
-            before = next((v for v in data_operands(op) if isinstance(v, Value)), None)
-            op = self._definitions.get(before.name) if before is not None else None
+            operand = next((v for v in data_operands(op) if isinstance(v, Value) and v.name in self.carriers), None)
         return "R"
 
     def _record_experts(self, op: Op, given: Mapping[str, Value], form: Form, *, conserves: bool) -> None:

@@ -110,8 +110,10 @@ class Graphed:
     def _first(self, key: Key, run: Callable[[], Forward], weights: Mapping[str, Any], prepared: Any,
                inputs: Sequence[Any]) -> Forward:
         """A forward pass as ever, and its graph for the next ones."""
-        if self._too_large(self._planned(inputs) if self._planned is not None else 0):
-            self._refuse(key, f"it takes more than the {as_text(self._bound or 0)} that graphs may keep")
+        planned = self._plan(inputs)
+        if planned is None or self._too_large(planned):
+            self._refuse(key, "nobody knows what memory it takes" if planned is None else
+                         f"it takes more than the {as_text(self._bound or 0)} that graphs may keep")
             return run()
         op = waiting(run)
         results = run()
@@ -135,13 +137,16 @@ class Graphed:
     def _again(self, found: Captured, run: Callable[[], Forward], inputs: Sequence[Any]) -> Forward:
         """A forward pass by its graph, which is looked at first where it is new."""
         self._driver.wait(found.point)
-        if found.forward.right:
-            found.forward.run(inputs)
-        else:
+        if not found.forward.right:
             expected, found.forward.right = self._compared(found, found.forward, found.state, run, inputs)
             if not found.forward.right:
                 return run() if expected is None else expected
-        outputs, state = _copied(found.forward.results), found.lend()
+        else:
+            with self._refusing(found):
+                found.forward.run(inputs)
+        with self._refusing(found):
+            outputs = _copied(found.forward.results)
+        state = found.lend()
         found.point = self._driver.mark()
         return outputs, state
 
@@ -159,14 +164,10 @@ class Graphed:
                     each: tuple[Any, ...] = self._module.relevance(weights, prepared, list(state), *seeds)
                     return each
 
-                try:
+                with self._refusing(owner):
                     results = (self._carried(owner, key, run, weights, prepared, seeds)
                                if able and (key in owner.relevance or times >= TIMES) else run())
                     results = _copied(results)  # nothing of the graph's memory is handed out
-                except Exception as problem:
-                    if _of_memory(problem):  # for the next call
-                        self._refuse(owner.key, "memory is too short beside it")
-                    raise
                 state.clear()
                 owner.point = self._driver.mark()
                 return results
@@ -224,6 +225,16 @@ class Graphed:
                         "instead; it is dropped. Please report the model, the GPU and torch's version")
             self._never(owner.key)
         return expected, bool(right)
+
+    @contextlib.contextmanager
+    def _refusing(self, owner: Captured) -> Iterator[None]:
+        """Where memory is too short beside a shape's graphs, they are gone for the next call."""
+        try:
+            yield
+        except Exception as problem:
+            if _of_memory(problem):
+                self._refuse(owner.key, "memory is too short beside it")
+            raise
 
     # --- what is kept ------------------------------------------------------------------------------------
 
@@ -310,6 +321,15 @@ class Graphed:
             self._bound = self._driver.memory()[0] // SHARE
         return size > self._bound
 
+    def _plan(self, inputs: Sequence[Any]) -> int | None:
+        """The bytes that a call is planned to take, 0 where nobody asks; None where that cannot be told. A plan is no
+        reason for a call to fail."""
+        try:
+            return self._planned(inputs) if self._planned is not None else 0
+        except Exception as problem:
+            log.debug("no plan for a CUDA graph: %s", problem)
+            return None
+
     def _make_way(self, inputs: Sequence[Any]) -> None:
         """Before a pass of new shapes: drop graphs, of all modules, where it might not fit beside them."""
         with _everyone_lock:
@@ -318,7 +338,8 @@ class Graphed:
             return
         # What a graph's pool holds unused counts as torch's own, and is of no use to this pass.
         held = sum(one.size for each in everyone for one in each.shelf)
-        if self._planned(inputs) > self._driver.memory()[1] - held:
+        planned = self._plan(inputs)
+        if planned is None or planned > self._driver.memory()[1] - held:
             for each in everyone:
                 for one in each.shelf:
                     if not one.busy:

@@ -173,7 +173,7 @@ class Explainer:
         m, notes = self.manifest, self._recipe.get("notes")
         said = [*map(str, notes)] if isinstance(notes, list) else []
         if self._graphs:
-            said.append(cuda_graphs_of.said_of([loaded.module for loaded in self._loaded.values()]))
+            said.append(cuda_graphs_of.said_of([loaded.module for loaded in list(self._loaded.values())]))
         elif self._cuda_graphs == "auto" and cuda_graphs_of.possible(m.backend, self._weights):
             said.append("CUDA graphs: none within a memory budget")
         return Work(m.work or (WorkRow("all", m.backend, (), why=f"backend={m.backend!r} writes no kernels"),),

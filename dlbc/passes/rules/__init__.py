@@ -3,7 +3,7 @@ primitives.
 
 A rule carries one of two forms. `"R"`, relevance itself; or `"M"`, the multiplier, with R = value * M:
 the epsilon family divides by the value that the next rule multiplies by, so carrying M makes it as cheap
-as a gradient. `"any"` marks moves and their like, which treat both alike.
+as a gradient. `"any"` marks moves and their like, and ReLUs, which treat both alike.
 
 A rule function gets the expansion (a Builder), the forward op, and the incoming value for each result of
 that op (None where none arrives), and returns one contribution per operand: shape [S, *operand], or None.
