@@ -236,6 +236,8 @@ class Writer:
         """Write a result, which lies in memory without gaps."""
         terms = self.dense(type, index)
         over = frozenset[str]().union(*(at.axes for at in index)) if index else frozenset[str]()
+        if {"r", "c"} <= value.axes and "r" not in over:  # the one row of a block of them
+            terms, over = [*terms, "0 * rows"], over | {"r"}
         mask = self.mask(conds, over)
         masked = f", mask={mask}" if mask else ""
         self.lines.append(f"tl.store({pointer}{''.join(f' + {term}' for term in terms)}, {value.text}{masked})")
