@@ -131,12 +131,12 @@ def vgg11() -> Case:
     return _pictures(model.eval().requires_grad_(False))
 
 
-def mlp() -> Case:
-    """30 features, 64 hidden, 2 classes; one row."""
+def mlp(rows: int = 1) -> Case:
+    """30 features, 64 hidden, 2 classes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2)).eval().requires_grad_(False)
-        x = torch.randn(1, 30)
+        x = torch.randn(rows, 30)
     return Case(model, x, lambda: input_gradient(model, x))
 
 

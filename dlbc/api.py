@@ -38,9 +38,10 @@ def compile(model: torch.nn.Module, example_inputs: object, *, rules: str | Comp
     `example_inputs`: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
     `rules`: a preset's name (`docs/rules.md`) or a `Composite`; "auto" chooses by what the model holds, from measured
     faithfulness (`docs/faithfulness.md`), and `explainer.rules()` says what and why.
-    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), "triton" (fused kernels for a GPU;
-    `docs/triton.md`), or "auto": torch; for a model on an NVIDIA GPU Triton, where its kernels, tried once on the
-    example inputs, give what torch gives (`explainer.plan()` says what was seen).
+    `backend`: "torch" (any torch device), "numpy" (needs no torch to run), "c" (for small models on a CPU: whatever is
+    small as functions in C; `docs/c.md`), "triton" (fused kernels for a GPU; `docs/triton.md`), or "auto": torch; for a
+    model on an NVIDIA GPU Triton, where its kernels, tried once on the example inputs, give what torch gives
+    (`explainer.plan()` says what was seen).
     `target`: the architecture that Triton's kernels are written for: "sm_80", "sm_86", "sm_89" or "sm_90"; default:
     that of the GPU the model is on. `precision`: how they multiply float32 numbers: "ieee", "tf32x3" (nearly as
     exact), "tf32" (10 bits); "auto" is "ieee", and relevance that meets weights of 16 bits has as many digits as these.

@@ -11,8 +11,6 @@ import hashlib
 import logging
 import os
 import platform
-import secrets
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -37,7 +35,9 @@ from dlbc.frontends.registered_capture import registered
 from dlbc.options import Options
 from dlbc_runtime.arrays import as_numpy
 from dlbc_runtime.artifact import Artifact, pack, unpack, weight_specs
+from dlbc_runtime.c_library import BINARIES
 from dlbc_runtime.explainer import Explainer, Recompile
+from dlbc_runtime.folders import folder, ours, say_once, trusted_folder, write
 from dlbc_runtime.program import Program, Variant
 from dlbc_runtime.signature import Container, TensorSpec, Tree, dtype_name
 
@@ -101,7 +101,7 @@ def cached(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     explainer = compile_now(model, args, kwargs, options, default, recompile=again)
     # A program for certain sizes only is found by those sizes, as is one that another's sizes keep out.
     path = sized if explainer.manifest.static or occupied else general
-    _write(path, pack(explainer, extra={"key": path.stem}))
+    write(path, pack(explainer, extra={"key": path.stem}))
     return _keeping(explainer, path)
 
 
@@ -116,7 +116,7 @@ def _keeping(explainer: Explainer, path: Path) -> Explainer:
         if variant.ledger and replace(variant, ledger=False) == explainer.default:
             whole = Explainer({**explainer.programs, variant: program}, explainer.weights, default=explainer.default,
                               recipe=explainer.recipe, reference=explainer.reference)
-            _write(path, pack(whole, extra={"key": path.stem}))
+            write(path, pack(whole, extra={"key": path.stem}))
         return program
 
     if build is not None:
@@ -138,41 +138,13 @@ def entries() -> tuple[Entry, ...]:
 
 
 def clear() -> int:
-    """Remove every entry, also damaged and half-written ones, and all notes; how many entries there were. OSError if
-    one stays."""
+    """Remove every entry, also damaged and half-written ones, all notes and all compiled kernels; how many entries
+    there were. OSError if one stays."""
     paths = [*folder().glob(f"*{SUFFIX}"), *folder().glob(f".*{SUFFIX}.*")]
-    for path in (*paths, *folder().glob(f"*{NOTE}"), *folder().glob(f".*{NOTE}.*")):
+    others = [path for kept in (f"*{NOTE}", BINARIES) for path in (*folder().glob(kept), *folder().glob(f".{kept}.*"))]
+    for path in (*paths, *others):
         path.unlink(missing_ok=True)
     return len(paths)
-
-
-def folder() -> Path:
-    """Where the cache is: DLBC_CACHE_DIR, or `dlbc` in the user's cache folder of this platform."""
-    stated = os.environ.get("DLBC_CACHE_DIR")
-    if stated:
-        return Path(stated).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "dlbc" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dlbc"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlbc"
-
-
-def trusted_folder() -> Path | None:
-    """The cache folder, made if need be; None, said once, when it cannot be used or others could write there."""
-    path = folder()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except OSError as problem:
-        _say_once(f"the compile cache {path} cannot be used ({problem.strerror}), so nothing is cached; "
-                  "set DLBC_CACHE_DIR to a folder of yours")
-        return None
-    if not _ours(status):
-        _say_once(f"the compile cache {path} belongs to or can be written by others, so it is not used; "
-                  f"`chmod go-w` it, or set DLBC_CACHE_DIR to a folder of yours")
-        return None
-    return path
 
 
 def keys_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options,
@@ -210,7 +182,7 @@ def _read(path: Path) -> Artifact | None:
     """The entry of that name; None when there is none, or, said, when it is damaged, foreign or not ours."""
     try:
         with path.open("rb") as file:
-            if not _ours(os.fstat(file.fileno())):
+            if not ours(os.fstat(file.fileno())):
                 raise ArtifactError("others could have written it")
             content = file.read()
         artifact, manifest = unpack(content, str(path))
@@ -220,29 +192,9 @@ def _read(path: Path) -> Artifact | None:
         return None
     except (OSError, ArtifactError) as problem:
         fact = problem.fact if isinstance(problem, ArtifactError) else problem.strerror
-        _say_once(f"cache entry {path} cannot be used ({fact}); compiling again")
+        say_once(log, f"cache entry {path} cannot be used ({fact}); compiling again")
         return None
     return artifact
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put an entry in place whole, readable by the user alone; an error is said once and not raised."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as problem:
-        _say_once(f"the compile cache {path.parent} cannot be written ({problem.strerror}), so nothing new is cached")
-
-
-def _ours(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user and nobody else can write it."""
-    return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & (
-        stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _fits(artifact: Artifact, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -261,7 +213,7 @@ def _reused(artifact: Artifact, path: Path, model: torch.nn.Module, options: Opt
         specs = weight_specs(program.manifest for program in artifact.programs.values())
         weights = weights_of(artifact, specs, model)
     except ArtifactError as problem:
-        _say_once(f"cache entry {path} cannot be used ({problem.fact}); compiling again")
+        say_once(log, f"cache entry {path} cannot be used ({problem.fact}); compiling again")
         return None
     return Explainer(artifact.programs, weights, default=default, build=_Build(artifact, options),
                      recompile=recompile, draw=draw, compile_kernels=kernels_of, recipe=artifact.recipe,
@@ -332,15 +284,10 @@ def _versions() -> tuple[str, ...]:
     """Of all that decides what is generated: ours by the digest of our sources."""
     digest = hashlib.sha256()
     for root in (Path(dlbc.__file__).parent, Path(dlbc_runtime.__file__).parent):
-        for path in sorted((*root.rglob("*.py"), *root.rglob("*.jinja"))):
+        for path in sorted((*root.rglob("*.py"), *root.rglob("*.jinja"), *root.rglob("*.h"))):
             digest.update(f"{path.relative_to(root)}\0".encode())
             digest.update(path.read_bytes())
     others = [f"{name} {getattr(sys.modules[name], '__version__', '')}" for name in ("transformers", "torchvision")
               if name in sys.modules]
     return (dlbc.__version__, digest.hexdigest(), str(torch.__version__), np.__version__, platform.python_version(),
             *others)
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.warning(text)

@@ -34,6 +34,7 @@ from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
 from dlbc.passes.fuse import Fuse
 from dlbc.passes.fuse_attention import FuseAttention
+from dlbc.passes.fuse_loops import FuseLoops
 from dlbc.passes.group_experts import GroupExperts
 from dlbc.passes.guard_denominators import GuardDenominators
 from dlbc.passes.hoist_constants import HoistConstants
@@ -55,6 +56,7 @@ from dlbc_runtime.expert_layer import ExpertSpec
 from dlbc_runtime.explainer import Explainer, Recompile
 from dlbc_runtime.program import Manifest, Program, RuleRow, Variant, WeightSpec
 from dlbc_runtime.signature import InputSpec, OutputSpec
+from dlbc_runtime.work import WorkRow
 
 if TYPE_CHECKING:
     import networkx
@@ -64,8 +66,8 @@ log = logging.getLogger(__name__)
 LOOK_AHEAD = ("dlb_0_1",)
 """Rules that carry relevance to what attention cannot see."""
 LEVELS = ("exported", "canonical", "paired", "lowered")
-FUSE: tuple[Pass, ...] = (FuseAttention(), Fuse())
-"""From level 3 to level 4, for backends that write kernels."""
+FUSE: dict[str, tuple[Pass, ...]] = {"c": (FuseLoops(),), "triton": (FuseAttention(), Fuse())}
+"""From level 3 to level 4, by backend: those that write kernels."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +153,22 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
     if options.dump:
         _dump(Path(options.dump), source.canonical.name, variant, texts)
     backend = load_backend(options.backend)
+    work: tuple[WorkRow, ...] = ()
+    if options.backend == "triton":
+        graph = graph.with_attrs(target=f"triton:{options.target}", precision=options.precision)
+    if options.backend in FUSE:
+        graph = run(graph, FUSE[options.backend])
+        texts["fused"] = print_graph(graph)
     if options.backend == "triton":
         from dlbc.backends.triton import refused
 
-        graph = run(graph.with_attrs(target=f"triton:{options.target}", precision=options.precision), FUSE)
-        texts["fused"] = print_graph(graph)
+        work = work_of(graph, "torch", refused(graph))
     module = backend.emit(graph)
     manifest = replace(describe(source, paired, graph, options.backend, variant.output),
-                       memory=plan_of(graph, backend.overwriting, fused=options.backend == "triton"),
+                       memory=plan_of(graph, backend.overwriting, fused=options.backend in FUSE),
                        batch=batch_of(source.canonical), pad=source.pad,
                        causal=_causal(source.canonical, paired, variant.output),
-                       work=work_of(graph, "torch", refused(graph)) if options.backend == "triton" else ())
+                       work=work)
     program = Program(manifest, module, texts)
     if options.dump:
         (Path(options.dump) / f"{source.canonical.name}.{variant.name}.source.py").write_text(program.source)

@@ -39,12 +39,14 @@ def choose(model: torch.nn.Module, backend: str, target: str | None) -> Choice:
     """The backend that is meant.
 
     "auto" is Triton, on trial, for a model on a GPU that kernels can be written for; else torch. InputError where
-    Triton is asked for and cannot be, or where a target has no meaning.
+    Triton or C is asked for and cannot be, or where a target has no meaning.
     """
     if backend not in ("auto", "triton"):
         if target is not None:
             raise InputError(f"backend={backend!r} has no target", where="target",
                              hint='leave it out, or say backend="triton"')
+        if backend == "c":
+            _require_c(model)
         return Choice(backend)
     if target is not None:
         return Choice("triton", device(target).name)
@@ -65,6 +67,17 @@ def choose(model: torch.nn.Module, backend: str, target: str | None) -> Choice:
         return Choice("triton", "sm_90")
     raise InputError("backend=\"triton\", and the model is not on a GPU", where="target",
                      hint='move the model to one, or name the architecture to compile for: target="sm_90"')
+
+
+def _require_c(model: torch.nn.Module) -> None:
+    """InputError where functions in C cannot be compiled, or the model is not where they run."""
+    from dlbc_runtime.c_library import require_compiler
+
+    require_compiler()
+    where = next((each for each in devices_of(model) if each.type != "cpu"), None)
+    if where is not None:
+        raise InputError(f'backend="c", and the model is on {where}', where="backend",
+                         hint='move the model to the CPU, or use backend="auto"')
 
 
 def _automatic(devices: Collection[torch.device]) -> Choice:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlbc import cache
+from dlbc.cache import NOTE
+from dlbc_runtime.folders import ours, trusted_folder
+from dlbc_runtime.folders import write as keep
 
 
 def read(name: str) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def read(name: str) -> dict[str, Any]:
         return {}
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read()) if cache._ours(os.fstat(file.fileno())) else {}
+            found = json.loads(file.read()) if ours(os.fstat(file.fileno())) else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -31,7 +33,7 @@ def write(name: str, data: Mapping[str, Any]) -> None:
     """Keep a note, in place of one of the same name; where that cannot be, it is said once and not raised."""
     path = _path(name)
     if path is not None:
-        cache._write(path, json.dumps(data, indent=1).encode())
+        keep(path, json.dumps(data, indent=1).encode())
 
 
 def forget(name: str) -> None:
@@ -42,5 +44,5 @@ def forget(name: str) -> None:
 
 
 def _path(name: str) -> Path | None:
-    folder = cache.trusted_folder()
-    return None if folder is None else folder / f"{name}{cache.NOTE}"
+    folder = trusted_folder()
+    return None if folder is None else folder / f"{name}{NOTE}"

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def models_folder() -> Path:
     """Where converted models are kept: `models` in the cache folder."""
-    from dlbc.cache import folder
+    from dlbc_runtime.folders import folder
 
     return folder() / "models"
 

@@ -240,7 +240,8 @@ class Measuring:
 
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """In place of the module's `launch`: measures, and notes candidates that do not compile."""
-        from dlbc_runtime.triton_launch import KernelError, run, widths
+        from dlbc_runtime.errors import KernelError
+        from dlbc_runtime.triton_launch import run, widths
 
         last, self.last = self.last, None
         if last is None or not grid[0]:

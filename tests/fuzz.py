@@ -2,7 +2,7 @@
 
     python -m tests.fuzz --minutes 10                         random models until one shows a bug; `make fuzz`
     python -m tests.fuzz FILE.dlir --pass "simplify"          show again what a pass does wrong
-    python -m tests.fuzz FILE.dlir --backend torch            ... or generated code
+    python -m tests.fuzz FILE.dlir --backend torch            ... or generated code: numpy, torch or c
 
 A bug is shrunk by hypothesis to a small graph, which is written with its numbers; what passes are held to is in
 `fuzz_checks.py`, the models in `fuzz_graphs.py`.
@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
 from dlbc.backends import load
+from dlbc.compiler import FUSE
 from dlbc.composite import Composite, resolve
 from dlbc.ir.core import Graph
 from dlbc.ir.interpreter import interpret
@@ -34,7 +35,7 @@ from dlbc.ir.ops import attr
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.ir.verifier import verify
-from dlbc.passes import Pass, parse
+from dlbc.passes import Pass, parse, run
 from dlbc.passes.contrast import Contrast
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
@@ -45,6 +46,7 @@ from dlbc.passes.record_experts import RecordExperts
 from dlbc.passes.sink_positions import SinkPositions
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc.presets import PRESETS
+from dlbc_runtime.c_library import compiler
 from dlbc_runtime.module import load_module
 from tests.fuzz_checks import (
     USERS,
@@ -198,12 +200,21 @@ def _hold_sink(check: Checker, step: Pass, graph: Graph, composite: Composite) -
 
 def generated(trial: Trial) -> None:
     """Generated code, its numbers widened to float64, against the interpreter."""
+    _generated(trial, LIBRARIES)
+
+
+def in_c(trial: Trial) -> None:
+    """Generated code with functions in C, which takes a compiler's time for each model."""
+    _generated(trial, ("c",))
+
+
+def _generated(trial: Trial, backends: Sequence[str]) -> None:
     try:
         check, graph = _paired(trial)
         graph = check.quickly((Lower(ledger=trial.ledger), *late(tight=bool(trial.order % 3))), graph)
     except USERS:
         return
-    for backend in LIBRARIES:
+    for backend in backends:
         hold_backend(check, graph, backend)
 
 
@@ -233,10 +244,11 @@ def _ran(check: Checker, graph: Graph, backend: str) -> Results:
 
     assert graph.relevance is not None
     wide = parse_graph(re.sub(r"\b(f32|f16|bf16)(?=\[|\")", "f64", print_graph(graph)))
+    wide = run(wide, FUSE.get(backend, ()))
     module = load_module(load(backend).emit(wide), graph.name)
 
     def as_given(array: Array) -> Any:
-        return torch.as_tensor(np.array(array)) if backend == "torch" else np.array(array)
+        return np.array(array) if backend == "numpy" else torch.as_tensor(np.array(array))
 
     def as_found(arrays: Sequence[Any]) -> tuple[Array, ...]:
         return tuple(y.numpy().copy() if isinstance(y, torch.Tensor) else np.array(y) for y in arrays)
@@ -258,7 +270,7 @@ def _ran(check: Checker, graph: Graph, backend: str) -> Results:
 
 
 CHECKS: dict[str, Callable[[Trial], None]] = {
-    "canonical": canonical, "explained": explained, "sunk": sunk, "generated": generated}
+    "canonical": canonical, "explained": explained, "sunk": sunk, "generated": generated, "in_c": in_c}
 
 # --- running -----------------------------------------------------------------------------------------
 
@@ -323,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the passes with random models.")
     parser.add_argument("file", nargs="?", type=Path, help="a graph that was written down, to run again")
     parser.add_argument("--pass", dest="passes", default="", help='passes for it: "name{option=value}"')
-    parser.add_argument("--backend", default="", choices=("", *LIBRARIES), help="a backend for it")
+    parser.add_argument("--backend", default="", choices=("", *LIBRARIES, "c"), help="a backend for it")
     parser.add_argument("--rules", default="", help="the rules that it is explained by, for passes that need to know")
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("MINUTES") or 10))
     parser.add_argument("--seed", type=int, default=None, help="the first seed; random if not given")
@@ -333,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.file is None:
         number = secrets.randbelow(2**31) if options.seed is None else options.seed
         folder = options.folder or Path(os.environ.get("DLBC_DUMP") or tempfile.mkdtemp(prefix="dlbc-fuzz-"))
-        return long(options.minutes, number, folder, options.only or tuple(CHECKS))
+        able = [name for name in CHECKS if name != "in_c" or compiler()]
+        return long(options.minutes, number, folder, options.only or able)
     try:
         again(options.file, options.passes, options.backend, options.rules)
     except Bug as bug:

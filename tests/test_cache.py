@@ -22,6 +22,7 @@ from torch import nn
 import dlbc
 from dlbc import cache
 from dlbc.options import Options
+from dlbc_runtime import folders
 from dlbc_runtime.errors import InputError
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.program import Variant
@@ -86,7 +87,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real(model, *args, **kwargs)
 
     monkeypatch.setattr(cache, "compile_now", counted)
-    cache._say_once.cache_clear()
+    folders.say_once.cache_clear()
     return found
 
 

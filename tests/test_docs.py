@@ -160,7 +160,7 @@ def test_the_table_of_costs_is_what_was_measured() -> None:
     assert script["page"](text, script["measured"]()) == text, "run `python benchmarks/tables.py`"
 
 
-@pytest.mark.parametrize("name", ["products", "cost_compiled", "budget", "experts"])
+@pytest.mark.parametrize("name", ["products", "cost_compiled", "budget", "experts", "small"])
 def test_tables_in_the_docs_are_what_was_measured(name: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
     shown = script["PAGE"].read_text(encoding="utf-8").partition(script["BEGIN"] + "\n")[2].partition(script["END"])[0]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import dlbc
 from dlbc.backends.footprint import plan_of
+from dlbc.backends.moves import MOVED
 from dlbc.backends.triton import overwriting, refused
-from dlbc.backends.triton.pull import moves
 from dlbc.backends.triton.row import RowWriter
 from dlbc.backends.triton.table import TABLE
 from dlbc.ir.core import Graph, Kernel
@@ -123,7 +123,7 @@ def _bytes(plan: Plan, sizes: dict[str, int]) -> tuple[int, int]:
 
 def test_every_op_that_may_be_in_a_kernel_has_code() -> None:
     assert set(TABLE) == POINTWISE
-    assert set(moves()) == MOVES
+    assert set(MOVED) == MOVES
     assert all(hasattr(RowWriter, f"_{name}") for name in ROWWISE)
 
 

@@ -131,7 +131,7 @@ def on_own_values(explainer: Explainer, explanation: Explanation) -> float:
     arguments = list(explanation.inputs.values())
     if explainer.manifest.positions:
         arguments.append(np.array([[e.position] for e in explanation.target]))
-    given = [torch.as_tensor(a) for a in arguments] if explainer.manifest.backend == "torch" else arguments
+    given = [torch.as_tensor(a) for a in arguments] if explainer.manifest.backend != "numpy" else arguments
     narrow = next((w.dtype for w in explainer.weights.values() if getattr(w, "dtype", None) in HALF), None)
     given = [g.to(narrow) if narrow and g.is_floating_point() else g for g in given]
     with torch.no_grad():

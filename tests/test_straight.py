@@ -118,7 +118,7 @@ def test_the_same_as_the_whole_way(backend: str, rules: str, classes: int, softm
     explainer(*inputs())
     for number, target in enumerate(targets):
         x, kind = inputs(seed=number)
-        for multiplier, scaler in ((100.0, 1.0), (3 if contrastive else -3, 0.5)):
+        for multiplier, scaler in ((100.0, 1.0), (3 if contrastive else -3, 0.3)):
             options = {"target": target, "multiplier": multiplier, "scaler": scaler}
             expected = whole(explainer, x, kind, **options)
             with whole_way(monkeypatch) as calls:

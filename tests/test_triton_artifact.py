@@ -148,7 +148,8 @@ def test_all_tiles_of_all_kinds_of_kernels_are_stored(kind: str) -> None:
     source = program(compiled())
     if kind != "model":
         graph = run(graph_of({"case": "self_causal", "rule": "attnlrp", "sizes": [], "seeds": 1, "dtype": "bf16",
-                              "width": 64}), [FuseAttention()]) if kind == "attention" else run(parse_graph(NORM), FUSE)
+                              "width": 64}), [FuseAttention()]) if kind == "attention" else run(
+        parse_graph(NORM), FUSE["triton"])
         graph = graph.with_attrs(target="triton:sm_90")
         source = replace(source, source=emit(graph), ir={"fused": print_graph(graph)})
     found = choices(parse_graph(source.ir["fused"]))

@@ -121,7 +121,7 @@ def distances(graph: Graph, sizes: dict[str, int], *, dtype: torch.dtype = torch
               weights: dict[str, Any] | None = None) -> list[float]:
     """How far the kernels of a lowered graph are from the interpreter, by the largest number of each result: the
     outputs, then relevance from what the kernels' own forward saved."""
-    fused = run(graph.with_attrs(target="triton:sm_90"), FUSE, verified=True)
+    fused = run(graph.with_attrs(target="triton:sm_90"), FUSE["triton"], verified=True)
     assert kernels(fused) and not refused(fused)
     source = np.random.default_rng(0)
 
@@ -241,7 +241,7 @@ def test_what_is_computed_again_in_kernels() -> None:
     model, x = model_of("transformer")
     explainer = dlbc.compile(model, x, rules="attnlrp", backend="torch", cache=False)
     graph = run(parse_graph(explainer.ir("lowered")), (Inline(), Recompute(least=1, kernels=True)))
-    inside = [op.result.name for kernel in kernels(run(graph, FUSE)) for op in kernel.body]
+    inside = [op.result.name for kernel in kernels(run(graph, FUSE["triton"])) for op in kernel.body]
     assert any(".again" in name for name in inside)
     sizes = {"B": 1, "T": 5, "S": 2, "P": 1, "K": 1}
     assert max(distances(graph, sizes, weights={n: w.detach() for n, w in explainer.weights.items()})) < 2e-5

@@ -23,7 +23,7 @@ from dlbc import cache, gpu, notes
 from dlbc.backends.triton.table import TABLE
 from dlbc.errors import DlbcError
 from dlbc.trial import Trial
-from dlbc_runtime import triton_launch
+from dlbc_runtime import folders, triton_launch
 from dlbc_runtime.explainer import Explainer
 from tests.triton_attention_runs import interpret_with_any_numpy
 
@@ -49,7 +49,7 @@ def facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.setattr(gpu, "facts", lambda where: dict(found))
     monkeypatch.setattr(gpu, "usable", lambda where: True)
     monkeypatch.setattr(triton_launch, "_failed", set())
-    cache._say_once.cache_clear()
+    folders.say_once.cache_clear()
     return found
 
 

@@ -26,7 +26,7 @@ from dlbc.backends.triton.tiles import Product, product_tiles
 from dlbc.ir.parser import parse_graph
 from dlbc.passes import run as passed
 from dlbc.passes.fuse_attention import FuseAttention
-from dlbc_runtime import triton_launch
+from dlbc_runtime import folders, triton_launch
 from dlbc_runtime.explainer import Explainer
 from tests.triton_attention_runs import graph_of, interpret_with_any_numpy
 
@@ -83,7 +83,7 @@ def facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     monkeypatch.setattr(gpu, "usable", lambda where: True)
     monkeypatch.setattr(triton_launch, "_failed", set())
     monkeypatch.setattr(tuning, "ROUNDS", 3)
-    cache._say_once.cache_clear()
+    folders.say_once.cache_clear()
     return found
 
 

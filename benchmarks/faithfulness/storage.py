@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dlbc.cache import folder as cache_folder
+from dlbc_runtime.folders import folder as cache_folder
 
 INDEX = "https://pypi.org/simple"
 Model = TypeVar("Model", bound=nn.Module)

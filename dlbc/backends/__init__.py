@@ -14,6 +14,7 @@ from dlbc.errors import InputError
 from dlbc.ir.core import Graph
 
 BACKENDS = {
+    "c": "dlbc.backends.c",
     "numpy": "dlbc.backends.numpy",
     "torch": "dlbc.backends.torch",
     "triton": "dlbc.backends.triton",

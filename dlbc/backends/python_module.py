@@ -61,7 +61,7 @@ def emit_module(graph: Graph, dialect: Dialect) -> str:
                               undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("module.py.jinja").render(
         title=f"The explainer of `{graph.name}`", backend=dialect.name, imports=dialect.imports,
-        kernels=list(module.kernels),
+        kernels=dialect.joined(list(module.kernels)),
         constants=_constants(graph) | module.numbers, functions=[*module.functions.values(), *functions],
         decorators=dialect.decorators)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -46,6 +46,8 @@ class Dialect:
     """Names of the module that no variable may have."""
     kernel: KernelWriter | None = None
     """How whole kernels are written; None: op by op."""
+    joined: Callable[[Sequence[str]], Sequence[str]] = tuple
+    """What the module holds for the functions that kernels are written as."""
     number: str = ""
     """How a float32 number that tensors are combined with is written, as a constant of the module; "": where it is
     used. Torch makes a tensor of a plain number and converts it, at each use: longer than a small op takes."""

@@ -31,7 +31,7 @@ Drop = Annotated[list[str] | None, typer.Option("--drop", help="A column that th
 Rules = Annotated[str, typer.Option("--rules", "-r", rich_help_panel=_HOW,
                                     help="A preset: auto, attnlrp, cp-lrp, epsilon, gamma, epsilon-plus-flat, dlb, "
                                          "dlb-contrastive, input-x-gradient and others (docs/rules.md).")]
-Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch, numpy or triton.")]
+Backend = Annotated[str, typer.Option("--backend", rich_help_panel=_HOW, help="auto, torch, numpy, c or triton.")]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=_HOW, help="A torch device, e.g. cpu or cuda.")]
 Fallback = Annotated[str | None, typer.Option(
     "--fallback", rich_help_panel=_HOW, help="`gradient`: pass operations without a rule by their gradient.")]

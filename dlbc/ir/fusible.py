@@ -38,6 +38,25 @@ ROWWISE = frozenset({"softmax", "log_softmax", "layer_norm", "rms_norm", "row_st
 PRODUCTS = frozenset({"linear", "matmul", "grouped_linear"})
 """Products of rows with a matrix, or each with the matrix of its expert."""
 
+LOOP_ELEMENTS = frozenset({"f32", "f64", "i64", "i32", "bool"})
+"""Element types of values in loops on a CPU."""
+
+LOOP_POINTWISE = POINTWISE | {"round", "atan", "threshold"}
+"""Pointwise ops that loops have code for."""
+
+LOOP_MOVES = MOVES | {"roll", "flip", "triangle", "arange"}
+"""Moves that loops have code for."""
+
+LOOP_SUMS = frozenset({"sum", "prod", "amax", "amin", "any", "all", "mean", "var", "logsumexp", "softmax",
+                       "log_softmax", "layer_norm", "rms_norm", "row_statistics", "batch_norm"})
+"""Ops of whole rows that loops have code for, along any axes."""
+
+LOOP_PRODUCTS = frozenset({"linear", "matmul"})
+"""Products that loops have code for."""
+
+SMALL = 2**15
+"""Elements of a matrix, at most, for its products to be loops: larger ones are the array library's."""
+
 EXPERTS = 4096
 """Experts of a product, at most: each program reads how many rows all of them have."""
 
@@ -129,3 +148,33 @@ def is_product(op: Op) -> bool:
     return (matrix.rank == (3 if op.name == "grouped_linear" else 2) and x.rank >= 2
             and all(isinstance(n, int) for n in matrix.shape)
             and all(t.floating and t.dtype in ELEMENTS for t in (x, matrix, op.result.type)))
+
+
+def loops(op: Op) -> bool:
+    """Whether an op may be part of loops on a CPU."""
+    operands = [o for o in op.operands if o is not None]
+    types = [o.type for o in operands if isinstance(o, Value | Weight)] + [r.type for r in op.results]
+    if any(t.dtype not in LOOP_ELEMENTS for t in types):
+        return False
+    tensors = types[:len(types) - len(op.results)]
+    if op.name in LOOP_PRODUCTS:
+        matrix = tensors[1] if len(tensors) > 1 else None
+        return matrix is not None and matrix.rank == 2 and _small(matrix) and all(t.floating for t in types) and (
+            op.name == "linear" or tensors[0].rank >= 2)
+    if op.name in LOOP_SUMS:
+        return bool(tensors) and (op.name in ("sum", "any", "all") or all(t.floating for t in tensors))
+    if op.name in LOOP_MOVES:
+        step = attr(op, "step") if op.name in ("slice", "slice_adjoint") else 1
+        return step == 1 and not (op.name == "rotary" and not _attributes(op))
+    return op.name in LOOP_POINTWISE and _looped(op)
+
+
+def _looped(op: Op) -> bool:
+    """What is not obvious about a pointwise op's operands."""
+    return any(isinstance(o, Value | Weight) for o in op.operands) and (
+        _floats(op) if op.name == "pow" else _attributes(op))
+
+
+def _small(matrix: Type) -> bool:
+    rows, columns = matrix.shape
+    return isinstance(rows, int) and isinstance(columns, int) and rows * columns <= SMALL

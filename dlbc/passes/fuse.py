@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dlbc.ir.core import Function, Graph, Kernel, Op, Operand, Value, Weight, values
+from dlbc.ir.core import Graph, Kernel, Op, Operand, Value, Weight, values
 from dlbc.ir.dims import Dim
 from dlbc.ir.fusible import (
     CHEAP,
@@ -33,8 +33,8 @@ from dlbc.ir.fusible import (
 )
 from dlbc.ir.ops import attr
 from dlbc.passes import Pass, register
-from dlbc.passes.fuse_groups import Groups, one_of_each, spread
-from dlbc.passes.rewrite import names, with_section
+from dlbc.passes.fuse_groups import Groups, one_of_each, rewritten_bodies, spread
+from dlbc.passes.rewrite import names
 
 ALONE = frozenset({"safe_div", "stabilise", "damp", "glu", "rotary", "rms_norm", "row_statistics"})
 """Ops that are worth a kernel of their own: the library takes several steps for them."""
@@ -58,31 +58,13 @@ class Fuse(Pass):
 
     def run(self, graph: Graph) -> Graph:
         """The graph with kernels."""
-        taken, numbers = names(graph), iter(range(10**9))
-        for name, section in list(graph.sections()):
-            if name == "prepare":
-                continue
-            escaping = {v.name for other, part in graph.sections() if other != name
-                        for v in (*part.results, *(v for op in part.ops for v in values(op.inputs)))}
-            escaping |= {v.name for v in (*section.results, *section.saves)}
-            body = _Fusing(self, spread(section.body, escaping, taken), escaping).run(name[0], numbers)
-            graph = with_section(graph, name, replace(section, body=body))
-        graph = _unpaired(graph)
-        streamed = {op.attrs["function"] for _, section in graph.sections() for op in section.ops
-                    if op.name == "stream"}
-        streamed |= {op.attrs["function"] for f in graph.functions.values() for item in f.body
-                     for op in (item.body if isinstance(item, Kernel) else (item,)) if op.name == "stream"}
-        functions = {name: f if name in streamed else self._function(f, numbers)
-                     for name, f in graph.functions.items()}
-        return replace(graph, functions=functions)
+        taken = names(graph)
 
-    def _function(self, function: Function, numbers: Iterator[int]) -> Function:
-        escaping = {v.name for v in function.results}
-        taken = {p.name for p in function.params} | {
-            r.name for item in function.body for op in (item.body if isinstance(item, Kernel) else (item,))
-            for r in op.results}
-        items = spread(function.body, escaping, taken)
-        return replace(function, body=_Fusing(self, items, escaping).run("b", numbers))
+        def fused(items: Sequence[Op | Kernel], escaping: set[str], prefix: str,
+                  numbers: Iterator[int]) -> tuple[Op | Kernel, ...]:
+            return _Fusing(self, spread(items, escaping, taken), escaping).run(prefix, numbers)
+
+        return _unpaired(rewritten_bodies(graph, fused))
 
 
 def _unpaired(graph: Graph) -> Graph:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from typing import TypeAlias
 
-from dlbc.ir.core import Kernel, Op, Operand, Value, Weight, values
+from dlbc.ir.core import Graph, Kernel, Op, Operand, Section, Value, Weight, values
 from dlbc.ir.fusible import CHEAP, POINTWISE, factors, fits, is_product, is_row
+from dlbc.passes.rewrite import with_section
 
 
 class Groups:
@@ -98,6 +100,31 @@ class Groups:
                     heappush(ready, (last[following], following))
         assert len(found) == len(last), "groups depend on each other in a circle"
         return found
+
+
+Grouping: TypeAlias = "Callable[[Sequence[Op | Kernel], set[str], str, Iterator[int]], tuple[Op | Kernel, ...]]"
+"""From the items of a body, the names that are read outside of it, and the first letter and the numbers of its kernels'
+names, to the items with kernels."""
+
+
+def rewritten_bodies(graph: Graph, grouped: Grouping) -> Graph:
+    """The forward and relevance sections and the functions with what `grouped` makes of their bodies. Functions that
+    are run on blocks of rows (`stream`) stay as they are."""
+    numbers = iter(range(10**9))
+    for name, section in list(graph.sections()):
+        if name == "prepare":
+            continue
+        escaping = {v.name for other, part in graph.sections() if other != name
+                    for v in (*part.results, *(v for op in part.ops for v in values(op.inputs)))}
+        escaping |= {v.name for v in (*section.results, *section.saves)}
+        graph = with_section(graph, name, replace(section, body=grouped(section.body, escaping, name[0], numbers)))
+    bodies = [section.ops for _, section in graph.sections()]
+    bodies += [Section(body=function.body).ops for function in graph.functions.values()]
+    streamed = {op.attrs["function"] for body in bodies for op in body if op.name == "stream"}
+    return replace(graph, functions={
+        name: function if name in streamed else replace(
+            function, body=grouped(function.body, {v.name for v in function.results}, "b", numbers))
+        for name, function in graph.functions.items()})
 
 
 def read(item: Op | Kernel) -> tuple[Operand, ...]:

@@ -30,8 +30,8 @@ class Engine(Protocol):
     def like(self, value: Array, other: Any) -> Any:
         """A numpy array as this library's, of the element type and on the device of `other`."""
 
-    def single(self, value: Any) -> Any:
-        """The one entry [...] of an array [1, ...]; on the CPU as a numpy array."""
+    def entries(self, value: Any) -> Any:
+        """An array whose entries along axis 0 are asked for; on the CPU as a numpy array."""
 
     def rows(self, value: Any, count: int) -> Any:
         """An array with axis 0 repeated to `count` where it is 1; nothing is copied."""
@@ -73,9 +73,9 @@ class NumpyEngine:
         """The array in the element type of `other`."""
         return value.astype(other.dtype)
 
-    def single(self, value: Any) -> Any:
-        """A view of the one entry."""
-        return value[0]
+    def entries(self, value: Any) -> Any:
+        """The array itself."""
+        return value
 
     def rows(self, value: Any, count: int) -> Any:
         """A view with its one row repeated."""
@@ -138,9 +138,9 @@ class TorchEngine:
         """The array as a tensor of the element type and on the device of `other`."""
         return self.torch.from_numpy(np.array(value, order="C")).to(device=other.device, dtype=other.dtype)
 
-    def single(self, value: Any) -> Any:
-        """A view of the one entry: as numpy's, which takes a third of the time, where that can be."""
-        return value.numpy()[0] if self.device.type == "cpu" and value.dtype is self.torch.float32 else value[0]
+    def entries(self, value: Any) -> Any:
+        """As numpy's array, whose views take a third of the time, where that can be."""
+        return value.numpy() if self.device.type == "cpu" and value.dtype is self.torch.float32 else value
 
     def rows(self, value: Any, count: int) -> Any:
         """A view with its one row repeated."""

@@ -16,5 +16,9 @@ class InputError(DlbcError, ValueError):
     """The inputs, target or options of a call do not fit the explainer."""
 
 
+class KernelError(Exception):
+    """There is no compiled kernel: generated code catches it and runs the kernel's ops one by one."""
+
+
 class ArtifactError(DlbcError):
     """A saved explainer, explanation or cache entry is damaged, foreign, or does not match the model."""

@@ -421,6 +421,9 @@ class Explainer:
                     raise InputError(f"weight `{spec.name}` is {dtype_name(weight)}{list(weight.shape)} now, it was "
                                      f"{spec.dtype}{list(spec.shape)} when the model was compiled",
                                      hint="compile the model again")
+                if self.manifest.backend == "c" and weight.device.type != "cpu":
+                    raise InputError(f"weight `{spec.name}` is on {weight.device} now, and functions in C run on a CPU",
+                                     where="backend=\"c\"", hint='move it back, or compile with backend="auto"')
                 if self._state is not None and not self._engine.finite(weight):
                     raise InputError(f"weight `{spec.name}` holds NaN or infinity",
                                      hint="an explanation of this model would mean nothing; reload or retrain it")

@@ -73,3 +73,12 @@ def with_rivals(output: Array, seeds: Array, targets: Sequence[Target]) -> Array
         shares = np.divide(amounts, whole, out=np.zeros_like(amounts), where=whole > 0)
         against[number] = (shares * wanted).reshape(output.shape)
     return np.concatenate([seeds, against])
+
+
+def with_others(output: Array, seeds: Array) -> Array:
+    """`with_rivals` of one seed [1, B, V] of classes, where no number is NaN: in fewer steps, with the same results."""
+    amounts = np.maximum(output, 0)
+    amounts[seeds[0] != 0] = 0
+    whole = np.add.reduce(amounts, -1, keepdims=True)
+    whole[whole == 0] = 1  # of amounts that are all 0
+    return np.concatenate([seeds, (amounts / whole * np.add.reduce(seeds[0], -1, keepdims=True))[None]])

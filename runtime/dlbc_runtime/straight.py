@@ -22,12 +22,11 @@ import numpy as np
 
 from dlbc_runtime.arrays import NOTHING, Array, Arrays, as_numpy
 from dlbc_runtime.call import Call, Loaded
-from dlbc_runtime.engines import Engine
 from dlbc_runtime.explained import Explained, Meaning, Method
 from dlbc_runtime.explanation import Explanation, Once
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.program import Manifest, Variant
-from dlbc_runtime.seeds import dense_seeds, with_rivals
+from dlbc_runtime.seeds import dense_seeds, with_others, with_rivals
 from dlbc_runtime.target import Target, as_targets
 
 if TYPE_CHECKING:
@@ -70,7 +69,6 @@ class Straight:
         self.streams = manifest.streams
         self.returned = manifest.outputs.names.index(manifest.output)
         self.place = -1 if manifest.before else self.returned
-        self.few = self.streams == 1 and not self.contrast
         self.patterns: dict[Kind, Pattern] = {}
 
     @staticmethod
@@ -122,12 +120,11 @@ class Straight:
             forwarded = time.perf_counter()
             found = module.relevance(weights, prepared, saved, engine.array(seeds))
             finished = time.perf_counter()
+            shares = [engine.entries(each) for each in found]
             positive, negative = NOTHING, NOTHING
             if self.streams > 1:
-                positive, negative = (self._named(engine, [each[side] for each in found], scaler)
-                                      for side in (slice(0, 1), slice(1, 2)))
-                found = [each[:1] - each[1:] for each in found]
-            relevance = self._named(engine, found, scaler)
+                positive, negative = (self._named([each[side] for each in shares], scaler) for side in (0, 1))
+            relevance = self._named([each[0] - each[1] if self.streams > 1 else each[0] for each in shares], scaler)
         named = dict(zip(self.inputs, inputs, strict=True))
 
         def ledger() -> Ledger:
@@ -142,34 +139,41 @@ class Straight:
             "target": Meaning(source), "method": method, "ledger_source": Once(ledger), "draw_source": explainer.draw,
             "features": {}, "lengths": {}})
 
-    def _named(self, engine: Engine, found: Sequence[Any], scaler: float) -> Arrays:
-        """Relevance [1, ...] of each input as it is returned."""
-        return Arrays.adopted({name: engine.single(value if scaler == 1 else value * scaler)
-                               for name, value in zip(self.explained, found, strict=True)})
+    def _named(self, found: Sequence[Any], scaler: float) -> Arrays:
+        """Relevance of each input as it is returned."""
+        found = found if scaler == 1 else [each * scaler for each in found]
+        return Arrays.adopted(dict(zip(self.explained, found, strict=True)))
 
     def _seeds(self, results: Sequence[Any], target: object, multiplier: float
                ) -> tuple[Array, Callable[[], Sequence[Explained]]]:
         """Seeds float32 [streams, *output], and what tells their meaning."""
         output = results[self.place]
         shape = output.shape
-        if self.few and len(shape) == 2 and shape[0] * shape[1] <= FEW and (target is None or isinstance(target, int)):
-            rows = output.tolist()
+        if len(shape) == 2 and shape[0] * shape[1] <= FEW and (target is None or isinstance(target, int)):
+            array = self._explained(output) if self.contrast or self.streams > 1 else output
+            rows = array.tolist()
             seeds = np.zeros((1, *shape), np.float32)
             for row, numbers in enumerate(rows):
-                index = _largest(numbers) if target is None else target
+                index = _chosen(numbers, target)
                 if index is None or not 0 <= index < shape[1]:
                     break
                 seeds[0, row, index] = -multiplier if self.signed and numbers[index] < 0 else multiplier
             else:
-                return seeds, lambda: as_targets(target)[0][0].seed(
+                return with_others(array, seeds) if self.streams > 1 else seeds, lambda: as_targets(target)[0][0].seed(
                     np.array(rows), self.output, None, 0, signed=self.signed).explained()
-        array, shown = as_numpy(output), as_numpy(results[self.returned])
-        if self.contrast:
-            array = array - array.mean(-1, keepdims=True)
+        array, shown = self._explained(output), as_numpy(results[self.returned])
         targets, _ = as_targets(target)
         seed = targets[0].seed(array, self.output, None, 0, signed=self.signed, shown=shown)
         (seeds,) = dense_seeds(array, [seed], np.zeros((1, len(array)), np.int64), False, np.float32(multiplier))
         return with_rivals(array, seeds, targets) if self.streams > 1 else seeds, seed.explained
+
+    def _explained(self, output: Any) -> Array:
+        """The numbers that are explained: of some rules each less the mean of its row."""
+        array = as_numpy(output)
+        if not self.contrast:
+            return array
+        less: Array = array - np.add.reduce(array, -1, keepdims=True) / array.dtype.type(array.shape[-1])
+        return less
 
 
 def kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind | None:
@@ -194,7 +198,9 @@ def _plain(target: object, multiplier: float, scaler: float) -> bool:
     return product != 0 and math.isfinite(product) and abs(multiplier) < LARGE
 
 
-def _largest(numbers: list[float]) -> int | None:
-    """The place of the first largest number; None where one of them may be NaN."""
+def _chosen(numbers: list[float], target: int | None) -> int | None:
+    """The place of a target, or of the first largest number; None where one of them may be NaN."""
     whole = sum(numbers)
-    return numbers.index(max(numbers)) if whole == whole else None
+    if whole != whole:
+        return None
+    return numbers.index(max(numbers)) if target is None else target

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dlbc_runtime.errors import InputError
+from dlbc_runtime.errors import InputError, KernelError
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ WIDE = 2**31 - 1
 
 _failed: set[Any] = set()
 """Kernels that did not compile: they are not tried again."""
-
-
-class KernelError(Exception):
-    """A kernel does not compile: generated code catches it and runs the kernel's ops one by one."""
 
 
 @dataclass

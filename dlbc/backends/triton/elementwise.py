@@ -5,10 +5,11 @@ The results have one shape; its last axis are the columns, the axes before it th
 
 from __future__ import annotations
 
+from dlbc.backends.moves import ZERO, At, Index
 from dlbc.backends.triton.blocks import pointwise_blocks
 from dlbc.backends.triton.choices import tabled
 from dlbc.backends.triton.kernels import Emitted, KernelSite, launched, named, parameters, render
-from dlbc.backends.triton.pull import ZERO, At, Index, Writer
+from dlbc.backends.triton.pull import Writer
 from dlbc.ir.dims import product
 
 

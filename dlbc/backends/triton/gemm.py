@@ -6,9 +6,10 @@ W once), and each has its accumulator. What is pointwise after them is computed 
 
 from __future__ import annotations
 
+from dlbc.backends.moves import At, Index
 from dlbc.backends.triton.choices import Choice, tabled
 from dlbc.backends.triton.kernels import POINTERS, Emitted, KernelSite, launched, named, parameters, render
-from dlbc.backends.triton.pull import At, Index, Writer
+from dlbc.backends.triton.pull import Writer
 from dlbc.backends.triton.tiles import BYTES, Product, product_tiles
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.core import Op, Operand, Type, Value, Weight

@@ -8,10 +8,10 @@ read. All else (accumulators, |W| in registers, what is pointwise afterwards) is
 
 from __future__ import annotations
 
+from dlbc.backends.moves import At, Index
 from dlbc.backends.triton.choices import tabled
 from dlbc.backends.triton.gemm import GemmWriter
 from dlbc.backends.triton.kernels import Emitted, KernelSite, named, render
-from dlbc.backends.triton.pull import At, Index
 from dlbc.ir.core import Op, Operand, Value, Weight
 from dlbc.ir.dims import product
 from dlbc.ir.fusible import factors

@@ -7,28 +7,16 @@ index made of an index; a value from outside is a load; what was written once, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from dlbc.backends.moves import MOVED, ZERO, At, Index, aligned, grouped
 from dlbc.backends.triton.kernels import KernelSite
 from dlbc.backends.triton.table import expression, number
 from dlbc.errors import UnsupportedOpError
-from dlbc.ir.core import Attr, Op, Operand, Type, Value, Weight
+from dlbc.ir.core import Op, Operand, Type, Value, Weight
 from dlbc.ir.dims import Dim, Sym, product, substitute, symbol, symbols
 from dlbc.ir.fusible import POINTWISE
-from dlbc.ir.ops import attr, axis
-
-
-@dataclass(frozen=True)
-class At:
-    """An expression, and the axes of a block that it varies over."""
-
-    text: str
-    axes: frozenset[str] = frozenset()
-
-
-Index = tuple[At, ...]
-ZERO = At("0")
 
 
 @dataclass
@@ -93,6 +81,18 @@ class Writer:
         text = str(substitute(dim, {name: symbol(f"n_{name}") for name in names}))
         return text if text.isidentifier() else f"({text})"
 
+    def number(self, value: float, type: Type) -> str:
+        """A literal of a type."""
+        return number(float(value) if type.floating else value)
+
+    def either(self, condition: str, yes: str, no: str) -> str:
+        """One block or another, element by element."""
+        return f"tl.where({condition}, {yes}, {no})"
+
+    def quotient(self, left: str, right: str) -> str:
+        """Of two whole numbers, without the rest."""
+        return f"{left} // {right}"
+
     # --- rows and columns ------------------------------------------------------------------------------
 
     def rows_of(self, dims: Sequence[Dim]) -> Index:
@@ -142,7 +142,7 @@ class Writer:
             return self.special[op.name](op, value, index, conds)
         if op.name in POINTWISE:
             return self.let(self.pointwise(op, index, conds), key)
-        moved = _MOVES.get(op.name)
+        moved = MOVED.get(op.name)
         if moved is None:
             raise UnsupportedOpError(f"a {self.site.kernel.template} kernel has no code for `{op.name}`",
                                      where=f"#{op.place}", hint="leave it outside of kernels")
@@ -196,9 +196,9 @@ class Writer:
                     continue
                 stride = f"{pointer}_s{i}"
                 self.strides[stride] = f"{self.site.text(operand)}.stride({i})"
-                terms.append(f"{_grouped(at.text)} * {stride}")
+                terms.append(f"{grouped(at.text)} * {stride}")
         if not terms and over:  # a single number, for a whole block: Triton takes the block's mask with a block only
-            terms = [f"0 * {_grouped(next(at.text for at in index if at.axes))}"]
+            terms = [f"0 * {grouped(next(at.text for at in index if at.axes))}"]
         return "".join(f" + {term}" for term in terms), over
 
     def dense(self, type: Type, index: Index) -> list[str]:
@@ -210,7 +210,7 @@ class Writer:
             inner = product(shape[at + taken:])
             entry = self._from(start) if taken > 1 else index[at]
             if entry.text != "0":
-                terms.append(_grouped(entry.text) + ("" if inner == 1 else f" * {self.size(inner)}"))
+                terms.append(grouped(entry.text) + ("" if inner == 1 else f" * {self.size(inner)}"))
             at += taken
         return terms
 
@@ -258,187 +258,3 @@ class Writer:
         results = [self.site.text(result) for result in self.site.results]
         sizes = [self.site.scope.text(symbol(name)) for name in self.sizes]
         return [*(self.site.text(operand) for operand in self.pointers), *results, *sizes, *self.strides.values()]
-
-
-def aligned(index: Index, type: Type) -> Index:
-    """The index of an operand that is broadcast: its axes are the last ones, those of size 1 are at 0."""
-    own = index[len(index) - type.rank:] if type.rank else ()
-    return tuple(ZERO if dim == 1 else at for at, dim in zip(own, type.shape, strict=True))
-
-
-def _grouped(text: str) -> str:
-    return text if text.isidentifier() or text.isdigit() else f"({text})"
-
-
-# --- moves ---------------------------------------------------------------------------------------------
-
-Move = Callable[[Writer, Op, Index, tuple[At, ...]], At]
-_MOVES: dict[str, Move] = {}
-
-
-def _move(name: str) -> Callable[[Move], Move]:
-    def register(function: Move) -> Move:
-        _MOVES[name] = function
-        return function
-
-    return register
-
-
-def _type(op: Op, position: int = 0) -> Type:
-    operand = op.operands[position]
-    assert isinstance(operand, Value | Weight)
-    return operand.type
-
-
-def _dim(value: Attr) -> Dim:
-    assert isinstance(value, int | Sym)
-    return value
-
-
-def _put(index: Index, at: int, entry: At) -> Index:
-    return (*index[:at], entry, *index[at + 1:])
-
-
-def _plus(w: Writer, at: At, dim: Dim) -> At:
-    if dim == 0:
-        return at
-    if at.text.isdigit() and isinstance(dim, int):
-        return At(str(int(at.text) + dim))
-    return w.let(At(f"{at.text} + {w.size(dim)}", at.axes))
-
-
-@_move("reshape")
-def _reshape(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    return w.value(op.operands[0], reshaped(w, index, op.result.type.shape, _type(op).shape), conds)
-
-
-def reshaped(w: Writer, index: Index, shape: tuple[Dim, ...], before: tuple[Dim, ...]) -> Index:
-    """An index of `shape` as one of `before`, which has the same elements in the same order."""
-    outer = [(dim, at) for dim, at in zip(shape, index, strict=True) if dim != 1]
-    inner = [i for i, dim in enumerate(before) if dim != 1]
-    found: dict[int, At] = {}
-    a = b = 0
-    while a < len(outer) or b < len(inner):
-        i, j = _segment([dim for dim, _ in outer[a:]], [before[k] for k in inner[b:]])
-        left, right = outer[a:a + i], inner[b:b + j]
-        a, b = a + i, b + j
-        if len(left) == 1 and len(right) == 1:
-            found[right[0]] = left[0][1]
-            continue
-        flat, over = ZERO.text, frozenset[str]()
-        for dim, at in left:
-            flat = at.text if flat == "0" else f"({flat}) * {w.size(dim)} + {at.text}"
-            over |= at.axes
-        rest = w.let(At(flat, over))
-        for k in reversed(right[1:]):
-            found[k] = w.let(At(f"{rest.text} % {w.size(before[k])}", over))
-            rest = w.let(At(f"{rest.text} // {w.size(before[k])}", over))
-        for k in right[:1]:
-            found[k] = rest
-    return tuple(found.get(i, ZERO) for i in range(len(before)))
-
-
-def _segment(left: Sequence[Dim], right: Sequence[Dim]) -> tuple[int, int]:
-    """The fewest leading axes of two shapes that hold the same number of elements; all of them where none do."""
-    for total in range(2, len(left) + len(right)):
-        for i in range(max(1, total - len(right)), min(len(left), total - 1) + 1):
-            if product(tuple(left[:i])) == product(tuple(right[:total - i])):
-                return i, total - i
-    return len(left), len(right)
-
-
-@_move("permute")
-def _permute(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    dims, rank = op.attrs["dims"], len(index)
-    assert isinstance(dims, tuple)
-    back = {int(str(dim)) % rank: at for dim, at in zip(dims, index, strict=True)}
-    return w.value(op.operands[0], tuple(back[i] for i in range(rank)), conds)
-
-
-@_move("expand")
-def _expand(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    return w.value(op.operands[0], aligned(index, _type(op)), conds)
-
-
-@_move("slice")
-def _slice(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    at = axis(len(index), int(str(op.attrs["dim"])))
-    return w.value(op.operands[0], _put(index, at, _plus(w, index[at], _dim(attr(op, "start")))), conds)
-
-
-@_move("select")
-def _select(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    whole = _type(op)
-    at, chosen = axis(whole.rank, int(str(op.attrs["dim"]))), _dim(op.attrs["index"])
-    if isinstance(chosen, int) and chosen < 0:
-        chosen = chosen + whole.shape[at]
-    return w.value(op.operands[0], (*index[:at], At(w.size(chosen)), *index[at:]), conds)
-
-
-@_move("cat")
-def _cat(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    at = axis(len(index), int(str(op.attrs["dim"])))
-    own, start, found = index[at], _dim(0), None
-    for position in range(len(op.operands)):
-        stop = start + _type(op, position).shape[at]
-        inside = f"({own.text} >= {w.size(start)}) & ({own.text} < {w.size(stop)})"
-        entry = _plus(w, own, -start)
-        part = w.value(op.operands[position], aligned(_put(index, at, entry), _type(op, position)),
-                       (*conds, At(inside, own.axes)))
-        found = part if found is None else w.let(At(
-            f"tl.where({own.text} < {w.size(start)}, {found.text}, {part.text})", found.axes | part.axes | own.axes))
-        start = stop
-    assert found is not None
-    return found
-
-
-@_move("slice_adjoint")
-def _slice_adjoint(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    at = axis(len(index), int(str(op.attrs["dim"])))
-    start, stop, own = _dim(attr(op, "start")), _dim(op.attrs["stop"]), index[at]
-    inside = w.let(At(f"({own.text} >= {w.size(start)}) & ({own.text} < {w.size(stop)})", own.axes))
-    part = w.value(op.operands[0], _put(index, at, _plus(w, own, -start)), (*conds, inside))
-    return w.let(At(f"tl.where({inside.text}, {part.text}, {_zero(op)})", part.axes | own.axes))
-
-
-@_move("select_adjoint")
-def _select_adjoint(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    at = axis(len(index), int(str(op.attrs["dim"])))
-    chosen, own = _dim(op.attrs["index"]), index[at]
-    if isinstance(chosen, int) and chosen < 0:
-        chosen = chosen + op.result.type.shape[at]
-    inside = w.let(At(f"{own.text} == {w.size(chosen)}", own.axes))
-    part = w.value(op.operands[0], (*index[:at], *index[at + 1:]), (*conds, inside))
-    return w.let(At(f"tl.where({inside.text}, {part.text}, {_zero(op)})", part.axes | own.axes))
-
-
-def _zero(op: Op) -> str:
-    return "0.0" if op.result.type.floating else "0"
-
-
-@_move("full")
-def _full(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    value = op.attrs["value"]
-    if isinstance(value, Sym):
-        return At(w.size(value))
-    if isinstance(value, int | float) and op.result.type.floating:
-        value = float(value)
-    return At(number(value))
-
-
-@_move("rotary")
-def _rotary(w: Writer, op: Op, index: Index, conds: tuple[At, ...]) -> At:
-    x, cos, sin = op.operands
-    last, half = index[-1], op.result.type.shape[-1] // 2
-    first = w.let(At(f"{last.text} < {w.size(half)}", last.axes))
-    other = w.let(At(f"tl.where({first.text}, {last.text} + {w.size(half)}, {last.text} - {w.size(half)})", last.axes))
-    types = [o.type for o in op.operands if isinstance(o, Value | Weight)]
-    here, there = (w.value(x, aligned(_put(index, len(index) - 1, at), types[0]), conds) for at in (last, other))
-    c, s = (w.value(o, aligned(index, t), conds) for o, t in zip((cos, sin), types[1:], strict=True))
-    text = f"{here.text} * {c.text} + tl.where({first.text}, -{there.text}, {there.text}) * {s.text}"
-    return w.let(At(text, here.axes | there.axes | c.axes | s.axes | last.axes))
-
-
-def moves() -> Mapping[str, Move]:
-    """The moves that kernels have code for, by op."""
-    return dict(_MOVES)

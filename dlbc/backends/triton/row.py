@@ -5,10 +5,11 @@ Every program holds some whole rows. The results are as long as the rows, or hav
 
 from __future__ import annotations
 
+from dlbc.backends.moves import ZERO, At, Index, aligned
 from dlbc.backends.triton.blocks import row_blocks
 from dlbc.backends.triton.choices import tabled
 from dlbc.backends.triton.kernels import Emitted, KernelSite, launched, named, parameters, render
-from dlbc.backends.triton.pull import ZERO, At, Index, Writer, aligned
+from dlbc.backends.triton.pull import Writer
 from dlbc.backends.triton.table import number
 from dlbc.errors import UnsupportedOpError
 from dlbc.ir.core import Op, Value, Weight
