@@ -165,7 +165,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
         work = work_of(graph, "torch", refused(graph))
     module = backend.emit(graph)
     manifest = replace(describe(source, paired, graph, options.backend, variant.output),
-                       memory=plan_of(graph, backend.overwriting, fused=options.backend in FUSE),
+                       memory=plan_of(graph, backend.overwriting, fused=options.backend == "triton"),
                        batch=batch_of(source.canonical), pad=source.pad,
                        causal=_causal(source.canonical, paired, variant.output),
                        work=work)

@@ -94,6 +94,8 @@ def cases() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """The cases of test_reference.py: op, operands and attributes."""
     for case in CASES:
         yield case.name, case.operands, case.attrs
+    for rows, columns in (((2, 3, 4), 5), ((3, 4), 1), ((1, 1), 2), ((2, 1, 3, 33), 17)):
+        yield "matmul", (rand(*rows), rand(rows[-1], columns)), {}
     for each in ADJOINTS:
         x = each.x.float()
         _, (y,) = run(each.forward, x, *each.others, **each.attrs)
@@ -138,7 +140,7 @@ def test_a_small_model_is_one_function_for_each_section() -> None:
 # --- as users call it --------------------------------------------------------------------------------
 
 def mlp(rules: str = "dlb", seed: int = 0, **options: Any) -> tuple[Explainer, Explainer, nn.Sequential]:
-    """A model in double precision in C and in torch, which then agree to the last digits."""
+    """A model in double precision in C and in torch, which then agree up to the rounding of what is returned."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)).double().eval()
@@ -151,14 +153,14 @@ def rows(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def same(found: Explanation, wanted: Explanation, *, atol: float = 1e-9) -> None:
+def same(found: Explanation, wanted: Explanation, *, atol: float = 1e-7) -> None:
     assert [each.index for each in found.target] == [each.index for each in wanted.target]
     for name in ("outputs", "relevance", "nodes", "positive", "negative"):
         arrays, others = getattr(found, name), getattr(wanted, name)
         assert list(arrays) == list(others)
         for key in others:
             assert arrays[key].dtype == others[key].dtype and arrays[key].shape == others[key].shape
-            np.testing.assert_allclose(arrays[key], others[key], rtol=1e-9, atol=atol, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(arrays[key], others[key], rtol=5e-7, atol=atol, err_msg=f"{name} {key}")
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +438,28 @@ def test_results_are_where_the_caller_expects_them() -> None:
     """Row statistics without a mean were written in the order of the ops that they are made of, which is another."""
     zeros, scale = of(lambda at, x: at.op("row_statistics", x, dims=1, centred=False, eps=0.0), torch.full((2, 3), 4.0))
     assert zeros.tolist() == [[0.0]] * 2 and scale.tolist() == [[0.25]] * 2
+
+
+def test_long_chains_are_written_in_parts() -> None:
+    """Each op is written by the one that reads it: of more than 300 Python has no room for the calls."""
+    def chain(at: Builder, x: Value) -> Value:
+        for _ in range(700):
+            x = at.add(x, 1.0)
+        return at.sum(x, dims=(0,))
+
+    (total,) = of(chain, torch.zeros(3))
+    assert total.item() == 2100.0
+
+
+def test_weights_that_lie_otherwise_are_other_weights() -> None:
+    """What is prepared from weights was kept where they were turned in place, and a function read past their end."""
+    square = nn.Linear(5, 5).double()
+    turned = dlbc.compile(square, rows(2), rules="dlb", backend="c", cache=False)
+    before = turned(rows(2))
+    square.weight.data = square.weight.data.t()
+    fresh = dlbc.compile(square, rows(2), rules="dlb", backend="torch", cache=False)
+    assert not np.allclose(before.relevance["input"], turned(rows(2)).relevance["input"])
+    same(turned(rows(2)), fresh(rows(2)))
 
 
 def test_functions_have_no_more_arguments_than_can_be_passed() -> None:

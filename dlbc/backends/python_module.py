@@ -274,16 +274,19 @@ class _Module:
         return found
 
     def opened(self, kernel: Kernel, scope: Scope) -> list[str]:
-        """The ops of a kernel one by one, where there is no code for it, or that does not compile. The results lie in
-        memory as a kernel's would."""
+        """The ops of a kernel one by one, where there is no code for it, or that does not compile, or does not pay. The
+        results lie in memory as a kernel's would."""
+        keep = {result.name for result in kernel.results}
+        dying = deaths(kernel.body, keep, ())
+        reused = reusable(kernel.body, dying, keep, self.dialect.overwriting)
         lines: list[str] = []
-        for op in kernel.body:
-            lines += self.call(Site(op, scope), ()) if op.name in ("call", "stream") else [self.line(op, None, scope)]
-        given = {result.name for result in kernel.results}
-        inner = [scope.names[r.name] for op in kernel.body for r in op.results if r.name not in given]
+        for number, op in enumerate(kernel.body):
+            lines += self.call(Site(op, scope), ()) if op.name in ("call", "stream") else [
+                self.line(op, reused.get(number), scope)]
+            lines += deleted([scope.names[name] for name in dying[number]])
         dense = [f"{scope.names[r.name]} = {scope.names[r.name]}.contiguous()" for r in kernel.results
                  if r.type.rank > 1]
-        return [*lines, *dense, *deleted(inner)]
+        return [*lines, *dense]
 
     def line(self, op: Op, reused: int | None, scope: Scope) -> str:
         """`results = expression` of one op."""

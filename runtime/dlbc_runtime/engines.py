@@ -115,7 +115,7 @@ class TorchEngine:
                              hint="load them (`model.to_empty(device=...)`, then a state dict), and compile again")
         found = {}
         for name, value in given.items():
-            tensor = self.torch.as_tensor(value)
+            tensor = self._tensor(value)
             if tensor.device != self.device and tensor.dim():
                 raise InputError(f"input `{name}` is on {tensor.device}, the model on {self.device}",
                                  hint=f'move it with `.to("{self.device}")`')
@@ -124,9 +124,14 @@ class TorchEngine:
                 raise _not_finite(name)
         return found
 
+    def _tensor(self, value: Any) -> Any:
+        """A tensor or array as a tensor. Torch takes no array that is read backwards."""
+        backwards = isinstance(value, np.ndarray) and min(value.strides, default=0) < 0
+        return self.torch.as_tensor(np.ascontiguousarray(value) if backwards else value)
+
     def copied(self, value: Any, *, finite: bool) -> Any:
         """A copy as tensor; made where no gradients are recorded."""
-        found = value.clone() if value.__class__ is self.torch.Tensor else self.torch.as_tensor(value).clone()
+        found = value.clone() if value.__class__ is self.torch.Tensor else self._tensor(value).clone()
         return found if not finite or self.finite(found) else None
 
     def array(self, value: Array) -> Any:
@@ -155,8 +160,9 @@ class TorchEngine:
         return _Running(self.torch.inference_mode(), self.device)
 
     def versions(self, weights: Iterable[Any]) -> tuple[object, ...]:
-        """Storage address and torch's own counter of in-place changes."""
-        return tuple([(w.data_ptr(), None if w.is_inference() else w._version) for w in weights])
+        """Storage address, how a tensor lies there (`weight.data = weight.data.t()` is another and no change in place),
+        and torch's own counter of in-place changes."""
+        return tuple([(w.data_ptr(), w.shape, w.stride(), None if w.is_inference() else w._version) for w in weights])
 
     def finite(self, weight: Any) -> bool:
         """Whether a tensor holds neither NaN nor infinity."""

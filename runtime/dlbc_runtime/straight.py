@@ -160,7 +160,7 @@ class Straight:
                 seeds[0, row, index] = -multiplier if self.signed and numbers[index] < 0 else multiplier
             else:
                 return with_others(array, seeds) if self.streams > 1 else seeds, lambda: as_targets(target)[0][0].seed(
-                    np.array(rows), self.output, None, 0, signed=self.signed).explained()
+                    np.array(rows).reshape(shape), self.output, None, 0, signed=self.signed).explained()
         array, shown = self._explained(output), as_numpy(results[self.returned])
         targets, _ = as_targets(target)
         seed = targets[0].seed(array, self.output, None, 0, signed=self.signed, shown=shown)

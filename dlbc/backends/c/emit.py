@@ -17,6 +17,10 @@ LIBRARY = "C"
 """What generated code calls its C functions."""
 
 
+PAYS = 12_000
+"""Steps that loops may take to save one call of torch: about as long, on one thread."""
+
+
 def emit(graph: Graph) -> str:
     """The source of the module of a graph with loops; one without is torch code throughout.
 
@@ -25,12 +29,17 @@ def emit(graph: Graph) -> str:
     return emit_module(graph, DIALECT)
 
 
-def _written(kernel: Kernel, scope: Scope) -> tuple[str, tuple[str, ...]]:
-    """A kernel's function, and the lines that call it."""
+def _written(kernel: Kernel, scope: Scope) -> tuple[str, tuple[str, ...]] | None:
+    """A kernel's function, and the lines that call it where it takes less time than its ops would; None where it never
+    does."""
     nests = Nests(kernel, scope)
+    steps, most = nests.steps, PAYS * nests.calls
+    if isinstance(steps, int) and steps > most:
+        return None
     source = nests.text()
     name = f"{kernel.name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    lines, addresses = [], []
+    lines = [] if isinstance(steps, int) else [f"if {scope.text(steps)} > {most}:", "    raise KernelError"]
+    addresses: list[str] = []
     for operand in nests.writer.pointers:
         text = scope.operand(operand)
         known = isinstance(operand, Value) and operand.name in scope.made

@@ -19,7 +19,7 @@ from dlbc.backends.moves import ZERO, At, Index, aligned
 from dlbc.backends.names import WIDTH
 from dlbc.backends.site import Scope
 from dlbc.ir.core import Kernel, Op, Type, Value, Weight, values
-from dlbc.ir.dims import Dim
+from dlbc.ir.dims import Dim, product
 from dlbc.ir.fusible import CHEAP, LOOP_POINTWISE, LOOP_PRODUCTS, VIEWS
 from dlbc.ir.ops import attr, axes
 
@@ -57,10 +57,26 @@ class Nests:
                 self.readers[value.name].append(op)
         self.nests: list[_Nest] = []
         self.scratch: list[tuple[str, Type]] = []
+        depths: dict[str, int] = {}  # ops in the longest chain of them that is written with a value
         for op in self.ops:
+            depth = 1 + max((depths.get(value.name, 0) for value in values(op.operands)), default=0)
             for value in op.results:
-                if self.stored(value, op):
+                if depth == LONGEST or self.stored(value, op):
                     self.store(value, op)
+                else:
+                    depths[value.name] = depth
+
+    # --- what it takes ---
+
+    @property
+    def steps(self) -> Dim:
+        """About how many numbers the loops add, multiply or write."""
+        return sum((_steps(op) for op in self.ops), start=0)
+
+    @property
+    def calls(self) -> int:
+        """How many calls of an array library they stand for."""
+        return sum(op.name not in VIEWS and op.name != "full" for op in self.ops)
 
     # --- what is stored ----------------------------------------------------------------------------------
 
@@ -244,6 +260,9 @@ class Nests:
         return [*fixed, *opening], ["free(scratch);"] if places else []
 
 
+LONGEST = 64
+"""Ops in a chain of which none is stored, at most: each is written by the one that reads it, one call in another."""
+
 STACK = 4096
 """Elements of all arrays of a function on the stack, at most: a thread may have little of it."""
 
@@ -256,6 +275,16 @@ def looped(lines: Sequence[str], loops: Sequence[tuple[str, str]], simd: str) ->
         found = [*([f"#pragma omp simd {simd}".rstrip()] if simd and not place else []), opened,
                  *(f"    {line}" for line in found), "}"]
     return found if loops else ["{", *(f"    {line}" for line in found), "}"]
+
+
+def _steps(op: Op) -> Dim:
+    if op.name in VIEWS or op.name == "full":
+        return 0
+    x = op.operands[0] if op.operands else op.result
+    assert isinstance(x, Value | Weight)
+    if op.name in LOOP_PRODUCTS:
+        return 2 * product(op.result.type.shape) * x.type.shape[-1]
+    return product(x.type.shape if op.name in SUMS else op.result.type.shape)
 
 
 def _batch(x: Value | Weight) -> Type:
