@@ -48,7 +48,7 @@ def draw(found: Mapping[str, list[tuple[str, float, bool]]], path: Path) -> None
         for place, median in enumerate(medians):
             panel.text(median * 1.03, place, f"{median:.2f}", va="center", fontsize=9, color=LINE)
         panel.axvline(1.0, color=LINE, linewidth=0.8, linestyle=(0, (4, 3)))
-        panel.set_title(model, loc="left", fontsize=10.5, fontweight="bold", color=LINE)
+        panel.set_title(model.replace("`", ""), loc="left", fontsize=10.5, fontweight="bold", color=LINE)
         panel.set_xscale("log")
         panel.tick_params(axis="y", length=0, labelsize=9)
         panel.spines[["top", "right", "left"]].set_visible(False)

@@ -35,7 +35,7 @@ from dlbc.ir.ops import attr
 from dlbc.ir.parser import parse_graph
 from dlbc.ir.printer import print_graph
 from dlbc.ir.verifier import verify
-from dlbc.passes import Pass, parse, run
+from dlbc.passes import Pass, parse
 from dlbc.passes.contrast import Contrast
 from dlbc.passes.eliminate_common import EliminateCommon
 from dlbc.passes.eliminate_dead import EliminateDead
@@ -244,7 +244,8 @@ def _ran(check: Checker, graph: Graph, backend: str) -> Results:
 
     assert graph.relevance is not None
     wide = parse_graph(re.sub(r"\b(f32|f16|bf16)(?=\[|\")", "f64", print_graph(graph)))
-    wide = run(wide, FUSE.get(backend, ()))
+    for step in FUSE.get(backend, ()):
+        wide = step.run(wide)
     module = load_module(load(backend).emit(wide), graph.name)
 
     def as_given(array: Array) -> Any:

@@ -334,7 +334,7 @@ def test_erf_is_exact_enough() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(InputError, match=r"unknown backend `torhc`\n  hint: did you mean torch\?"):
         load("torhc")
-    with pytest.raises(InputError, match="there are numpy, torch"):
+    with pytest.raises(InputError, match="there are c, numpy, torch"):
         load("xla")
 
 

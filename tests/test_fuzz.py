@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import dlbc
+from dlbc.backends.c import table
 from dlbc.composite import Composite, preset
 from dlbc.errors import LevelError, PassError, RuleError, UnsupportedOpError
 from dlbc.ir.core import Graph, Op
@@ -32,6 +33,7 @@ from dlbc.passes.lower import Lower
 from dlbc.passes.pair import Pair
 from dlbc.passes.sink_targets import SinkTargets
 from dlbc.selectors import Sites
+from dlbc_runtime.c_library import compiler
 from tests import fuzz
 from tests.fuzz_checks import CHANGING, Bug, late, passes_at, switched
 
@@ -114,6 +116,22 @@ def test_a_planted_mistake_is_found_and_written_down(how: str, why: str, tmp_pat
     assert fuzz.main(shlex.split(command)[3:]) == 1
     assert why in capsys.readouterr().out
     assert fuzz.main([str(file), "--pass", "eliminate_common,eliminate_dead"]) == 0
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C compiler on this machine")
+def test_functions_in_c_are_shown_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written down of a backend is run by that backend."""
+    graph = run(parse_graph(SMALL.replace("linear(%h, @w) : f32[B,4]  #fc", "tanh(%h) : f32[B,4]  #fc")),
+                (Pair(composite="dlb"), Lower()))
+    numbers = {"x": np.arange(8.0).reshape(2, 4), "R.y": np.ones((1, 2, 4))}
+    file, command = Bug("", graph, "wrong", numbers, {"w": np.eye(4)}, backend="c").write(tmp_path)
+    arguments = shlex.split(command)[3:]
+    assert arguments == [str(file), "--backend", "c"]
+    assert fuzz.main(arguments) == 0
+    monkeypatch.setitem(table.TABLE, "tanh", "dlbc_tanh_{s}(2 * {a})")
+    assert fuzz.main(arguments) == 1
+    assert "backend c: result 1 of forward is" in capsys.readouterr().out
 
 
 # --- reproducers of the compiler ---------------------------------------------------------------------

@@ -21,13 +21,14 @@ from torch import nn
 
 import dlbc
 from dlbc.errors import InputError
+from dlbc_runtime.c_library import compiler
 from dlbc_runtime.call import Call
 from dlbc_runtime.explainer import Explainer
 from dlbc_runtime.explanation import Explanation
 from dlbc_runtime.straight import MOST
 from dlbc_runtime.target import Target
 
-BACKENDS = ("torch", "numpy")
+BACKENDS = ("torch", "numpy", *(("c",) if compiler() else ()))
 
 
 class Two(nn.Module):
@@ -154,6 +155,40 @@ def test_the_same_array_twice_does_not_tell_which_input_is_which() -> None:
     explainer = dlbc.compile(Difference(), (x, y), rules="epsilon", cache=False)
     for given in ((x, x), (x, x), (x, y), (x, y)):
         np.testing.assert_array_equal(explainer(*given).outputs["output"], given[0] - 2 * given[1])
+
+
+@pytest.mark.parametrize("rules", ["dlb", "dlb-contrastive"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_models_in_double_precision(backend: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are single precision in both ways: those of rivals were double, which functions in C read as single."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x = inputs()[0].double()
+    explainer = dlbc.compile(model, x, rules=rules, backend=backend, cache=False)
+    expected = explainer(x)
+    with whole_way(monkeypatch) as calls:
+        found = explainer(x)
+    assert not calls
+    same(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_that_are_read_backwards(backend: str) -> None:
+    """Torch takes no array of negative strides, and said so itself."""
+    explainer = explainer_of(backend)
+    x, kind = (value.numpy() for value in inputs(3))
+    expected = whole(explainer, x.copy(), kind)
+    for _ in range(2):
+        found = explainer(x[::-1].copy()[::-1], kind)
+        np.testing.assert_array_equal(found.relevance["x"], expected.relevance["x"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str) -> None:
+    """The targets of none are none; of the second call they could not be told."""
+    explainer = own_explainer(backend)
+    for _ in range(2):
+        found = explainer(*inputs(0))
+        assert found.relevance["x"].shape == (0, 6) and len(found.target) == 0
 
 
 def test_kinds_are_not_remembered_without_end() -> None:
@@ -309,6 +344,27 @@ def test_weights_put_in_place_of_others_are_seen() -> None:
     explainer.model.first.weight.data = torch.ones(8, 7)
     with pytest.raises(InputError, match=r"weight `first.weight` is f32\[8, 7\] now"):
         explainer(x, kind)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "numpy"])
+def test_weights_that_lie_otherwise_are_seen(backend: str) -> None:
+    """`weight.data = weight.data.t()` has the address of the weight before, and no change in place."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(6, 6).eval()
+    x = inputs()[0]
+    explainer = dlbc.compile(model, x, rules="dlb", backend=backend, cache=False)
+    for _ in range(2):
+        before = explainer(x)
+    model.weight.data = model.weight.data.t()
+    found = explainer(x)
+    assert not np.array_equal(found.relevance["input"], before.relevance["input"])
+    np.testing.assert_array_equal(
+        found.relevance["input"],
+        dlbc.compile(model, x, rules="dlb", backend=backend, cache=False)(x).relevance["input"])
+    model.weight.data = model.weight.data[:, :3]
+    with pytest.raises(InputError, match=r"weight `weight` is f32\[6, 3\] now"):
+        explainer(x)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -33,9 +33,14 @@ def inputs_of(kernel: Kernel) -> tuple[Value | Weight, ...]:
 
 
 def whole(kernel: Kernel) -> Op:
-    """A kernel as one op: what it reads from outside, and what it computes for others, in buffers of their own."""
+    """A kernel as one op: what it reads from outside, and what it computes for others.
+
+    `shared`: the results that, op by op, may lie in a buffer of something else, such as a view of a weight.
+    """
     place = next((op.place for op in kernel.body if op.place), "")
-    return Op(KERNEL, inputs_of(kernel), kernel.results, {}, place)
+    seen = {value.name for op in kernel.body if op.name not in FRESH for value in (*values(op.inputs), *op.results)}
+    shared = tuple(result.name for result in kernel.results if result.name in seen)
+    return Op(KERNEL, inputs_of(kernel), kernel.results, {"shared": shared}, place)
 
 
 def deaths(ops: Sequence[Op], keep: Collection[str], own: Collection[str]) -> list[list[str]]:
@@ -93,8 +98,10 @@ def _record(op: Op, reused: int | None, buffer: dict[str, str], sharers: dict[st
         for name in inputs[:1]:
             _join(op.result.name, buffer[name], buffer, sharers)
     elif op.name == KERNEL:
+        shared = op.attrs["shared"]
+        assert isinstance(shared, tuple)
         for result in op.results:
-            if result.type.rank:
+            if result.type.rank and result.name not in shared:
                 _join(result.name, result.name, buffer, sharers)
     elif op.name in FRESH:
         if op.result.type.rank:

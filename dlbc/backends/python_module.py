@@ -285,7 +285,7 @@ class _Module:
                 self.line(op, reused.get(number), scope)]
             lines += deleted([scope.names[name] for name in dying[number]])
         dense = [f"{scope.names[r.name]} = {scope.names[r.name]}.contiguous()" for r in kernel.results
-                 if r.type.rank > 1]
+                 if r.type.rank]
         return [*lines, *dense]
 
     def line(self, op: Op, reused: int | None, scope: Scope) -> str:

@@ -144,9 +144,11 @@ class Call:
     def forward(self) -> tuple[dict[str, Any], Any]:
         """The outputs alone, and the positions at which a sequence output is computed."""
         explainer, loaded = self.explainer, self.explainer._load(self.variant)
+        self.state = explainer._weights_state()
         with explainer._engine.running():
             arguments, _ = self.with_positions(loaded.program.manifest)
-            results, _ = loaded.module.forward(explainer._weights, explainer._prepared(loaded), *arguments)
+            prepared = explainer._prepared(loaded, self.state)
+            results, _ = loaded.module.forward(explainer._weights, prepared, *arguments)
         return (dict(zip(loaded.program.manifest.outputs.names, results, strict=False)),
                 arguments[-1] if len(arguments) > len(self.inputs) else None)
 

@@ -160,9 +160,10 @@ class TorchEngine:
         return _Running(self.torch.inference_mode(), self.device)
 
     def versions(self, weights: Iterable[Any]) -> tuple[object, ...]:
-        """Storage address, how a tensor lies there (`weight.data = weight.data.t()` is another and no change in place),
-        and torch's own counter of in-place changes."""
-        return tuple([(w.data_ptr(), w.shape, w.stride(), None if w.is_inference() else w._version) for w in weights])
+        """Storage address, element type and how a tensor lies there (`weight.data = weight.data.t()` is another and no
+        change in place), and torch's own counter of in-place changes."""
+        return tuple([(w.data_ptr(), w.dtype, w.shape, w.stride(), None if w.is_inference() else w._version)
+                      for w in weights])
 
     def finite(self, weight: Any) -> bool:
         """Whether a tensor holds neither NaN nor infinity."""

@@ -9,6 +9,9 @@ import numpy as np
 from dlbc_runtime.arrays import Array
 from dlbc_runtime.target import Seed, Target
 
+FEW = 64
+"""Numbers of an output up to which Python's own floats are the faster way."""
+
 
 def dense_seeds(output: Array, found: list[Seed], places: Array, sequence: bool, multiplier: np.float32
            ) -> tuple[Array, ...]:
@@ -68,17 +71,16 @@ def with_rivals(output: Array, seeds: Array, targets: Sequence[Target]) -> Array
     against = np.zeros_like(seeds)
     for number, target in enumerate(targets):
         amounts = np.where(target.rivals(seeds[number]), np.maximum(output, 0), 0).reshape(len(output), -1)
-        wanted = seeds[number].reshape(len(output), -1).sum(1, keepdims=True)
-        whole = amounts.sum(1, keepdims=True)
+        amounts = amounts.astype(np.float64)
+        wanted = seeds[number].reshape(len(output), -1).sum(1, keepdims=True, dtype=np.float64)
+        whole = np.array([sum(row.tolist()) if len(row) <= FEW else row.sum() for row in amounts])[:, None]
         shares = np.divide(amounts, whole, out=np.zeros_like(amounts), where=whole > 0)
         against[number] = (shares * wanted).reshape(output.shape)
     return np.concatenate([seeds, against])
 
 
-def with_others(output: Array, seeds: Array) -> Array:
-    """`with_rivals` of one seed [1, B, V] of classes, where no number is NaN: in fewer steps, with the same results."""
-    amounts = np.maximum(output, 0)
-    amounts[seeds[0] != 0] = 0
-    whole = np.add.reduce(amounts, -1, keepdims=True)
-    whole[whole == 0] = 1  # of amounts that are all 0
-    return np.concatenate([seeds, (amounts / whole * np.add.reduce(seeds[0], -1, keepdims=True))[None]])
+def rivals_of_row(numbers: Sequence[float], chosen: int, total: float) -> list[float]:
+    """What `with_rivals` gives to a row of at most `FEW` numbers of which one is chosen: the same, without arrays."""
+    amounts = [number if number > 0 and place != chosen else 0.0 for place, number in enumerate(numbers)]
+    whole = sum(amounts)
+    return [amount / whole * total for amount in amounts] if whole > 0 else amounts

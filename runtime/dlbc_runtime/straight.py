@@ -26,7 +26,7 @@ from dlbc_runtime.explained import Explained, Meaning, Method
 from dlbc_runtime.explanation import Explanation, Once
 from dlbc_runtime.ledger import Ledger
 from dlbc_runtime.program import Manifest, Variant
-from dlbc_runtime.seeds import dense_seeds, with_others, with_rivals
+from dlbc_runtime.seeds import FEW, dense_seeds, rivals_of_row, with_rivals
 from dlbc_runtime.target import Target, as_targets
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ Kind: TypeAlias = "tuple[object, ...]"
 
 MOST = 64
 """Kinds of inputs that are remembered at most."""
-FEW = 64
-"""Numbers of an output up to which Python finds the largest sooner than numpy does."""
 LARGE = 1e38
 """Multipliers beyond it may be infinite in float32."""
 _ARRAYS = ("Tensor", "Parameter", "ndarray")
@@ -150,16 +148,17 @@ class Straight:
         output = results[self.place]
         shape = output.shape
         if len(shape) == 2 and shape[0] * shape[1] <= FEW and (target is None or isinstance(target, int)):
-            array = self._explained(output) if self.contrast or self.streams > 1 else output
-            rows = array.tolist()
-            seeds = np.zeros((1, *shape), np.float32)
+            rows = (self._explained(output) if self.contrast else output).tolist()
+            seeds = np.zeros((self.streams, *shape), np.float32)
             for row, numbers in enumerate(rows):
                 index = _chosen(numbers, target)
                 if index is None or not 0 <= index < shape[1]:
                     break
                 seeds[0, row, index] = -multiplier if self.signed and numbers[index] < 0 else multiplier
+                if self.streams > 1:
+                    seeds[1, row] = rivals_of_row(numbers, index, float(seeds[0, row, index]))
             else:
-                return with_others(array, seeds) if self.streams > 1 else seeds, lambda: as_targets(target)[0][0].seed(
+                return seeds, lambda: as_targets(target)[0][0].seed(
                     np.array(rows).reshape(shape), self.output, None, 0, signed=self.signed).explained()
         array, shown = self._explained(output), as_numpy(results[self.returned])
         targets, _ = as_targets(target)

@@ -58,13 +58,17 @@ class Nests:
         self.nests: list[_Nest] = []
         self.scratch: list[tuple[str, Type]] = []
         depths: dict[str, int] = {}  # ops in the longest chain of them that is written with a value
-        for op in self.ops:
-            depth = 1 + max((depths.get(value.name, 0) for value in values(op.operands)), default=0)
+        ways: dict[str, set[tuple[int, ...]]] = {}  # the moves by which what is written with a value is reached
+        for place, op in enumerate(self.ops):
+            inner = [value.name for value in values(op.operands) if value.name in depths]
+            depth = 1 + max((depths[name] for name in inner), default=0)
+            step = (place,) if op.name in MOVES else ()
+            way = {(), *(step + each for name in inner for each in ways[name])}
             for value in op.results:
-                if depth == LONGEST or self.stored(value, op):
+                if depth == LONGEST or len(way) > WAYS or self.stored(value, op):
                     self.store(value, op)
                 else:
-                    depths[value.name] = depth
+                    depths[value.name], ways[value.name] = depth, way
 
     # --- what it takes ---
 
@@ -168,8 +172,8 @@ class Nests:
         whole = [At(w.name("r")) if i in over else next(kept) for i in range(x.type.rank)]
         whole = [ZERO if dim == 1 else at for at, dim in zip(whole, x.type.shape, strict=True)]
         start, on = SUMS[op.name]
-        ctype = TYPES[result.dtype]
-        w.lines.append(f"{ctype} {acc} = {start};")
+        wide = op.name == "sum" and result.dtype == "f32"  # added as they come, long sums would lose two digits
+        w.lines.append(f"{'double' if wide else TYPES[result.dtype]} {acc} = {start};")
         loops = [(whole[i].text, x.type.shape[i]) for i in over if x.type.shape[i] != 1]
         w.enter()
         element = w.value(x, tuple(whole))
@@ -178,7 +182,10 @@ class Nests:
         inner = w.leave()
         w.lines.extend(looped(inner, [(name, w.size(dim)) for name, dim in loops],
                               f"reduction({sign}:{acc})" if sign else ""))
-        return acc
+        if not wide:
+            return acc
+        w.lines.append(f"const float {(found := w.name())} = (float){acc};")
+        return found
 
     def dot(self, op: Op, index: Index) -> str:
         """An element of `x W^T + b`: rows of both lie in memory."""
@@ -253,7 +260,7 @@ class Nests:
             bytes_ = [f"const size_t {name}_bytes = dlbc_bytes({count} * sizeof({ctype}));"
                       for name, ctype, count in places]
             total = " + ".join(f"{name}_bytes" for name, _, _ in places)
-            opening += [*bytes_, f"char *const scratch = malloc({total}), *next = scratch;",
+            opening += [*bytes_, f"char *const scratch = malloc({total} + 1), *next = scratch;",
                         "if (!scratch) return 1;"]
             for name, ctype, _ in places:
                 opening += [f"{ctype} *restrict {name} = ({ctype} *)next;", f"next += {name}_bytes;"]
@@ -262,6 +269,10 @@ class Nests:
 
 LONGEST = 64
 """Ops in a chain of which none is stored, at most: each is written by the one that reads it, one call in another."""
+
+WAYS = 16
+"""Places that are written out for one element, at most: `x + roll(x)` takes two elements of x, and twice as many for
+each such step before it."""
 
 STACK = 4096
 """Elements of all arrays of a function on the stack, at most: a thread may have little of it."""
@@ -280,11 +291,13 @@ def looped(lines: Sequence[str], loops: Sequence[tuple[str, str]], simd: str) ->
 def _steps(op: Op) -> Dim:
     if op.name in VIEWS or op.name == "full":
         return 0
-    x = op.operands[0] if op.operands else op.result
+    if op.name not in SUMS and op.name not in LOOP_PRODUCTS:
+        return product(op.result.type.shape)
+    x = op.operands[0]
     assert isinstance(x, Value | Weight)
     if op.name in LOOP_PRODUCTS:
         return 2 * product(op.result.type.shape) * x.type.shape[-1]
-    return product(x.type.shape if op.name in SUMS else op.result.type.shape)
+    return product(x.type.shape)
 
 
 def _batch(x: Value | Weight) -> Type:

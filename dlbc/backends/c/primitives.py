@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dlbc.ir.builder import Builder
-from dlbc.ir.core import Op, Operand, Type, Value, Weight
+from dlbc.ir.core import Op, Operand, Type, Value, Weight, values
 from dlbc.ir.dims import Dim, product
 from dlbc.ir.ops import attr, axes
 
@@ -14,13 +14,15 @@ from dlbc.ir.ops import attr, axes
 def written_out(ops: Sequence[Op], taken: Iterable[str]) -> list[Op]:
     """The ops with every op of `WRITTEN` in simpler ones; `taken` are names that new values must not have."""
     found: list[Op] = []
+    names = {*taken, *(value.name for op in ops for value in (*op.results, *values(op.operands)))}
     for op in ops:
         if op.name not in WRITTEN:
             found.append(op)
             continue
-        at = Builder({*taken, *(r.name for each in (*ops, *found) for r in each.results)}, place=op.place)
+        at = Builder(names, place=op.place)
         made = dict(zip((v.name for v in WRITTEN[op.name](at, op)), op.results, strict=True))
         found += [_renamed(each, made) for each in at.ops]
+        names |= {value.name for each in at.ops for value in each.results}
     return found
 
 
