@@ -140,6 +140,28 @@ def mlp(rows: int = 1) -> Case:
     return Case(model, x, lambda: input_gradient(model, x))
 
 
+class _Columns(nn.Module):
+    """A transformer over the columns of a table: a token of 16 numbers for each, one layer, three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Linear(1, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.layer(self.each(x[..., None])).mean(1))
+        return found
+
+
+def columns(rows: int = 1) -> Case:
+    """A transformer over 10 columns, 16 wide; its baseline as others'."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = _Columns().eval().requires_grad_(False), torch.randn(rows, 10)
+    return Case(model, x, lambda: input_gradient(model, x))
+
+
 MODELS: dict[str, Callable[[], Case]] = {
     "LLaMA 8 x 512, 128 tokens": llama,
     "LLaMA 8 x 512, 512 tokens": lambda: llama(512),

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dlbc import __version__
 from dlbc.apart import batch_of, causal_length
+from dlbc.backends import KernelBackend
 from dlbc.backends import load as load_backend
 from dlbc.backends.footprint import plan_of
 from dlbc.backends.triton.record import kernels_of
@@ -159,10 +160,7 @@ def finish_program(source: Source, options: Options, variant: Variant, paired: G
     if options.backend in FUSE:
         graph = run(graph, FUSE[options.backend])
         texts["fused"] = print_graph(graph)
-    if options.backend == "triton":
-        from dlbc.backends.triton import refused
-
-        work = work_of(graph, "torch", refused(graph))
+        work = work_of(graph, "torch", cast(KernelBackend, backend).refused(graph), backend.name)
     module = backend.emit(graph)
     manifest = replace(describe(source, paired, graph, options.backend, variant.output),
                        memory=plan_of(graph, backend.overwriting, fused=options.backend == "triton"),

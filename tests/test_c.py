@@ -521,3 +521,22 @@ def test_functions_have_no_more_arguments_than_can_be_passed() -> None:
     assert len(fused.forward.body) == 3 and all(isinstance(item, Kernel) for item in fused.forward.body)
     *_, found = ran(graph, torch.zeros(2), weights=dict.fromkeys(weights, torch.ones(2)))
     assert found.tolist() == [1300.0] * 2
+
+
+def test_the_plan_says_what_runs_where() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first, self.last = nn.Embedding(5, 8), nn.Linear(8, 16384), nn.Linear(16384, 3)
+
+        def forward(self, kind: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.relu(self.first(self.embed(kind) + x)))
+
+    explainer = dlbc.compile(Odd().eval(), (torch.tensor([1]), torch.randn(1, 8)), rules="epsilon", backend="c",
+                             cache=False)
+    plan = explainer.plan()
+    why = {op: row.why for row in plan for op in row.ops if row.section == "forward"}
+    assert {row.runs for row in plan} == {"torch", "c loops"}
+    assert why["embedding"] == "there is no loop for `embedding`: torch has one"
+    assert why["linear"] == "torch's are faster for a matrix of this size"
+    assert "c loops" in str(plan)

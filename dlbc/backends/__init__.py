@@ -33,6 +33,13 @@ class Backend(Protocol):
         """The source of a module with `prepare`, `forward` and, where the graph has it, `relevance`."""
 
 
+class KernelBackend(Backend, Protocol):
+    """What the module of a backend offers that writes kernels."""
+
+    def refused(self, graph: Graph) -> dict[str, str]:
+        """The kernels of a fused graph that there is no code for, and why: they run op by op."""
+
+
 def load(name: str) -> Backend:
     """The backend of that name. InputError, with the nearest names, when there is none."""
     if name not in BACKENDS:

@@ -30,6 +30,19 @@ def emit(graph: Graph) -> str:
     return emit_module(graph, DIALECT)
 
 
+def refused(graph: Graph) -> dict[str, str]:
+    """The kernels that no code is written for, and why: they run op by op."""
+    found: dict[str, str] = {}
+
+    def noted(kernel: Kernel, scope: Scope) -> tuple[str, tuple[str, ...]] | None:
+        made = _written(kernel, scope)
+        found.update({} if made else {kernel.name: "torch is faster for arrays of this size"})
+        return made
+
+    emit_module(graph, replace(DIALECT, kernel=noted))
+    return found
+
+
 def _written(kernel: Kernel, scope: Scope) -> tuple[str, tuple[str, ...]] | None:
     """A kernel's function, and the lines that call it where it takes less time than its ops would; None where it never
     does."""
