@@ -193,8 +193,9 @@ def shaken(graph: Graph, arrays: Mapping[str, Array], weights: Mapping[str, Arra
                 x = np.asarray(x)
                 if x.dtype.kind != "f":
                     return x
-                more = np.abs(x).max(initial=0.0) if sums and name in SUMS else 0.0
-                return x + 1e-12 * rng.standard_normal(x.shape) * (np.abs(x) + more)
+                size = np.where(np.isfinite(x), np.abs(x), 0.0)  # infinities, as masks have them, are not rounded
+                more = size.max(initial=0.0) if sums and name in SUMS else 0.0
+                return x + 1e-12 * rng.standard_normal(x.shape) * (size + more)
 
             return run
 
