@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -293,24 +292,6 @@ def test_inputs_that_functions_must_not_read(change: Callable[[Tensor], Tensor],
         with pytest.raises(InputError, match="`input`"):
             both[0](change(rows(2)))
         both[0](rows(2))
-
-
-def test_threads_call_one_explainer(both: tuple[Explainer, Explainer]) -> None:
-    given = [rows(count, count) for count in range(1, 5)]
-    wanted = [both[0].with_options()(x).relevance["input"] for x in given]
-    wrong: list[int] = []
-
-    def work(number: int) -> None:
-        for _ in range(30):
-            if not np.array_equal(both[0](given[number]).relevance["input"], wanted[number]):
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_nothing_of_the_users_is_written_to(both: tuple[Explainer, Explainer]) -> None:
